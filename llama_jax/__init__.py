@@ -1,0 +1,1 @@
+"""llama_jax: Llama 2 and its family in JAX."""

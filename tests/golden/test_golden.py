@@ -1,0 +1,77 @@
+"""Logits recorded with transformers (record.py) against ours: the whole model, every family, every kind of RoPE."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from llama_jax.config import ModelConfig, from_huggingface
+from llama_jax.reference.llama import forward
+from llama_jax.reference.rope import interleave
+
+from .models import CASES, PROMPT, RECORDED, checksum, weights
+
+GREEDY = [name for name, case in CASES.items() if case.greedy]
+
+
+@functools.cache
+def recorded() -> dict[str, np.ndarray]:
+    with np.load(RECORDED) as arrays:
+        return dict(arrays)
+
+
+def config_of(name: str) -> ModelConfig:
+    cfg, notes = from_huggingface(CASES[name].config_json)
+    assert notes == []
+    return cfg
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_those_of_the_recording(name):
+    assert checksum(weights(CASES[name])) == recorded()[f"{name}.crc32"]
+
+
+def test_every_recording_has_its_case():
+    assert {name.partition(".")[0] for name in recorded()} == set(CASES)
+
+
+# The float64 reference.
+
+
+def reference_logits(name: str, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """[T, V] float64, from the weights under HF's names."""
+    cfg, hf = config_of(name), weights(CASES[name])
+
+    def layer(i: int) -> dict[str, np.ndarray]:
+        w = {key: hf[f"model.layers.{i}.{name}.weight"] for key, name in META_TO_HF.items()}
+        return w | {"wq": interleave(w["wq"], cfg.num_heads), "wk": interleave(w["wk"], cfg.num_kv_heads)}
+
+    embedding = hf["model.embed_tokens.weight"]
+    output = embedding if cfg.tied_head else hf["lm_head.weight"]
+    return forward(cfg, tokens, layer, embedding, hf["model.norm.weight"], output, positions)
+
+
+META_TO_HF = {
+    "attention_norm": "input_layernorm",
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "w1": "mlp.gate_proj",
+    "w3": "mlp.up_proj",
+    "w2": "mlp.down_proj",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_computes_the_recorded_logits(name):
+    case = CASES[name]
+    np.testing.assert_allclose(reference_logits(name, case.tokens, case.positions), recorded()[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_reference_continues_with_the_recorded_tokens(name):
+    tokens = np.concatenate([CASES[name].tokens[:PROMPT], recorded()[f"{name}.greedy"]])
+    chosen = reference_logits(name, tokens, np.arange(len(tokens))).argmax(axis=-1)
+    np.testing.assert_array_equal(chosen[PROMPT - 1 : -1], tokens[PROMPT:])

@@ -5,6 +5,10 @@ what was expected and what to do. Programs print it on one line and exit with it
 """
 
 import enum
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class ExitCode(enum.IntEnum):
@@ -41,3 +45,18 @@ class LlamaError(Exception):
     def __init__(self, code: ExitCode, message: str):
         super().__init__(message)
         self.code = code
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Runs a program's main and exits: an error of the user's is one line on stderr and its own exit code."""
+    try:
+        main()
+    except LlamaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(ExitCode.INTERRUPTED)
+    except BrokenPipeError:  # the reader of stdout left: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)

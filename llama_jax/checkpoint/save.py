@@ -1,0 +1,180 @@
+"""Writing a checkpoint, one array at a time.
+
+`ocp.StandardCheckpointer.save` of a whole tree copies it in memory (measured: +8.3 GB for 3.2 GB). Here Orbax is given leaves
+that know shape and dtype and are read when their turn comes, and the chunk shape that partitioned loading needs.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from llama_jax.checkpoint.store import MANIFEST, Checkpoint, chunk_shape, to_tree
+from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.model import param_axes
+
+UNFINISHED = "unfinished"  # marks a directory whose writing has begun; gone when it is complete
+REPLACED = ".replaced"  # suffix of an old checkpoint while its successor is written
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array that is made when it is written.
+
+    Attributes:
+        read: returns it, in memory, C order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Writes one leaf at a time, in our chunks."""
+
+    def __init__(self, axes: Mapping[str, tuple[str, ...]], written: Callable[[str, int], None]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._axes = axes
+        self._written = written
+        self._turn = asyncio.Semaphore(1)
+
+    async def _open_and_write(self, value: Leaf, tspec: dict[str, Any], ts_context: Any) -> None:
+        import tensorstore as ts
+
+        name = tspec["kvstore"]["path"].strip("/")
+        async with self._turn:
+            chunks = chunk_shape(value.shape, self._axes[name], value.dtype.itemsize)
+            tspec["metadata"] = {
+                "shape": list(value.shape),
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            }
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            array = await asyncio.to_thread(value.read)
+            await store.write(array, can_reference_source_data_indefinitely=True)
+            self._written(name, value.nbytes)
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint,
+    leaves: Mapping[str, Leaf],
+    *,
+    tokenizer_files: Sequence[Path] = (),
+    overwrite: bool = False,
+    written: Callable[[str, int], None] = lambda name, size: None,
+    finish: Callable[[Checkpoint], Checkpoint] = lambda checkpoint: checkpoint,
+) -> Checkpoint:
+    """Writes params, tokenizer files and, last, checkpoint.json.
+
+    Args:
+        checkpoint: what to write; its `path` is the output directory.
+        leaves: dotted name -> array, for every array of the config.
+        tokenizer_files: copied beside the weights under their own names.
+        overwrite: replace a complete checkpoint at the path; until the new one is complete, the old one is kept beside it.
+        written: called with name and bytes after each array.
+        finish: called when all arrays are written; returns the checkpoint to describe (with hashes, say).
+
+    Raises:
+        LlamaError: the output exists, or the disk is full. Whatever was begun is removed, on any error.
+    """
+    with _output(checkpoint.path, sum(leaf.nbytes for leaf in leaves.values()), overwrite) as folder:
+        axes = _flat_axes(checkpoint)
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (Leaf, LeafHandler(axes, written)), (jax.Array, ocp.type_handlers.ArrayHandler())
+        )
+        handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False, type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            args = ocp.args.PyTreeSave(to_tree(leaves), ocdbt_target_data_file_size=64 * 2**20)
+            checkpointer.save(folder / "params", args=args)
+        for file in tokenizer_files:
+            (folder / file.name).write_bytes(file.read_bytes())
+        checkpoint = finish(checkpoint)
+        (folder / MANIFEST).write_text(json.dumps(checkpoint.manifest(), indent=1) + "\n")
+        (folder / UNFINISHED).unlink()
+    return checkpoint
+
+
+def _flat_axes(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    tree = param_axes(checkpoint.config)
+    flat = {f"layers.{i}.{leaf}": axes for i, layer in enumerate(tree.pop("layers")) for leaf, axes in layer.items()}
+    return tree | flat
+
+
+@contextlib.contextmanager
+def _output(folder: epath.Path, nbytes: int, overwrite: bool) -> Iterator[epath.Path]:
+    """An empty directory to write into, removed again if writing fails; an old checkpoint comes back then."""
+    old = folder.parent / (folder.name + REPLACED)
+    if old.exists() and not (folder / MANIFEST).exists():  # an overwriting run was killed: the old checkpoint is still whole
+        _remove(folder)
+        old.rename(folder)
+    if (folder / MANIFEST).exists():
+        if not overwrite:
+            raise LlamaError(
+                ExitCode.OUTPUT_EXISTS,
+                f"{folder} holds a checkpoint already: give another --output, or --overwrite to replace it",
+            )
+        _remove(old)
+        folder.rename(old)
+    elif (folder / UNFINISHED).exists():
+        _remove(folder)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LlamaError(
+            ExitCode.OUTPUT_EXISTS, f"{folder} exists and is no checkpoint of ours: give the name of a new or empty directory"
+        )
+    try:
+        _check_space(folder, nbytes)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / UNFINISHED).write_text("")
+        yield folder
+    except BaseException as error:
+        _remove(folder)
+        if old.exists():
+            old.rename(folder)
+        if _is_disk_full(error):
+            raise LlamaError(
+                ExitCode.DISK_FULL, f"the disk of {folder} is full: the checkpoint needs {nbytes:,} bytes; nothing was kept"
+            ) from None
+        raise
+    _remove(old)
+
+
+def _check_space(folder: epath.Path, nbytes: int) -> None:
+    if "://" in str(folder):
+        return
+    existing = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise LlamaError(
+            ExitCode.DISK_FULL,
+            f"{folder} needs {nbytes:,} bytes and its disk has {free:,} free: make room or choose another disk",
+        )
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or any(
+        words in str(error) for words in ("No space left on device", "Disk quota exceeded")
+    )
+
+
+def _remove(folder: epath.Path) -> None:
+    if folder.is_dir():
+        folder.rmtree()

@@ -1,0 +1,187 @@
+"""Checkpoints on disk: `DIR/{checkpoint.json, tokenizer files, params/}`.
+
+`params/` is an Orbax checkpoint with one array per layer per weight, zarr3, uncompressed, in chunks cut along the axes that
+meshes shard (llama_jax.sharding): any Orbax restores it, and a device that holds an eighth of an array reads little more than
+that. `checkpoint.json` says what the arrays are and is written last: a directory without it is not a checkpoint. Arrays are
+read one at a time through TensorStore, the layer below Orbax, which starts faster and holds one array at a time.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.sharding import RULES
+
+FORMAT, VERSION = "llama_jax checkpoint", 1
+MANIFEST = "checkpoint.json"
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, None) or name) for name in ("bfloat16", "float16", "float32", "float64")}
+MIN_CHUNK_BYTES = 256 * 2**10
+PIECES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: what `checkpoint.json` says, and where it lies.
+
+    Attributes:
+        path: the directory.
+        config: the model.
+        dtype: of every parameter.
+        chat_format: "" for a base model, or a name of llama_jax.text.chat.FORMATS.
+        tokenizer: names of the tokenizer files in the directory; empty when the source had none.
+        source: kind, path and files (name, bytes, sha256) of what it was converted from.
+        command: what made it.
+    """
+
+    path: epath.Path
+    config: ModelConfig
+    dtype: np.dtype
+    chat_format: str
+    tokenizer: tuple[str, ...]
+    source: Mapping[str, Any]
+    command: str
+
+    @classmethod
+    def open(cls, path: epath.PathLike) -> "Checkpoint":
+        """Opens DIR, or the newest complete `checkpoints/STEP` of a training run's WORKDIR.
+
+        Raises:
+            LlamaError: there is no complete checkpoint, or it is of another version.
+        """
+        folder = _complete(epath.Path(path))
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            assert manifest["format"] == FORMAT
+            version = manifest["version"]
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise LlamaError(
+                ExitCode.NOT_A_CHECKPOINT, f"{folder / MANIFEST} is not one that llama_jax wrote: convert the source again"
+            ) from None
+        if version != VERSION:
+            raise LlamaError(
+                ExitCode.NOT_A_CHECKPOINT,
+                f"{folder} has format version {version}, this llama_jax reads version {VERSION}: update it, or convert again",
+            )
+        return cls(
+            path=folder,
+            config=ModelConfig(**manifest["config"]),
+            dtype=DTYPES[manifest["dtype"]],
+            chat_format=manifest["chat_format"],
+            tokenizer=tuple(manifest["tokenizer"]),
+            source=manifest["source"],
+            command=manifest["command"],
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        """What is written to checkpoint.json."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": dataclasses.asdict(self.config),
+            "dtype": self.dtype.name,
+            "chat_format": self.chat_format,
+            "tokenizer": list(self.tokenizer),
+            "source": dict(self.source),
+            "command": self.command,
+        }
+
+    def arrays(self) -> "ArrayReader":
+        return ArrayReader(self.path / "params")
+
+
+class ArrayReader:
+    """The arrays of `params/`, read when asked for; safe to use from several threads."""
+
+    def __init__(self, folder: epath.Path):
+        import tensorstore as ts
+
+        self._ts = ts
+        self._folder = folder
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        base = str(folder) if "://" in str(folder) else f"file://{folder.absolute()}"
+        self._kvstore = {"driver": "ocdbt", "base": f"{base}/"}
+
+    def open(self, name: str) -> Any:
+        """The TensorStore of an array by its dotted name, e.g. "layers.0.q_proj"."""
+        spec = {"driver": "zarr3", "kvstore": {**self._kvstore, "path": f"{name}/"}, "recheck_cached_data": False}
+        try:
+            return self._ts.open(spec, open=True, read=True, context=self._context).result()
+        except (ValueError, OSError) as error:
+            raise LlamaError(
+                ExitCode.TRUNCATED, f"{self._folder} has no readable array {name!r} ({error}): convert the source again"
+            ) from None
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """An array, or a part of it, in memory."""
+        store = self.open(name)
+        try:
+            return (store if index is None else store[index]).read().result()
+        except (ValueError, OSError) as error:
+            raise LlamaError(
+                ExitCode.TRUNCATED, f"{self._folder}: array {name!r} cannot be read ({error}): convert the source again"
+            ) from None
+
+
+def names_of(config: ModelConfig) -> Iterator[str]:
+    """The dotted names of a model's arrays: embedding, layers in order, final_norm, lm_head."""
+    yield "embedding"
+    for i in range(config.num_layers):
+        for leaf in ("attn_norm", "q_proj", "k_proj", "v_proj", "o_proj", "mlp_norm", "gate_proj", "up_proj", "down_proj"):
+            yield f"layers.{i}.{leaf}"
+    yield "final_norm"
+    if not config.tied_head:
+        yield "lm_head"
+
+
+def to_tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"layers.0.q_proj": x} -> {"layers": [{"q_proj": x}]}."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name.startswith("layers."):
+            _, index, leaf = name.split(".")
+            layers = tree.setdefault("layers", [])
+            layers.extend({} for _ in range(int(index) + 1 - len(layers)))
+            layers[int(index)][leaf] = value
+        else:
+            tree[name] = value
+    return tree
+
+
+def chunk_shape(shape: Sequence[int], axes: Sequence[str], itemsize: int) -> tuple[int, ...]:
+    """How an array is cut on disk: gcd(size, 8) pieces along its tensor-sharded axis and along embed.
+
+    Arrays too small for chunks of 256 KiB are cut less: along whichever axis has more pieces, embed first.
+    """
+    pieces = [
+        math.gcd(size, PIECES) if RULES[axis] in ("tensor", "fsdp") else 1 for size, axis in zip(shape, axes, strict=True)
+    ]
+    while math.prod(shape) * itemsize < MIN_CHUNK_BYTES * math.prod(pieces) and max(pieces) > 1:
+        most = max(range(len(pieces)), key=lambda i: (pieces[i], axes[i] == "embed"))
+        pieces[most] //= 2
+    return tuple(size // n for size, n in zip(shape, pieces, strict=True))
+
+
+def _complete(path: epath.Path) -> epath.Path:
+    """The directory with a checkpoint.json at or under path."""
+    if not path.exists():
+        raise LlamaError(ExitCode.NOT_A_CHECKPOINT, f"{path} does not exist; python -m llama_jax.convert makes a checkpoint")
+    if (path / MANIFEST).exists():
+        return path
+    steps = path / "checkpoints"
+    if steps.is_dir():
+        done = [step for step in steps.iterdir() if step.name.isdigit() and (step / MANIFEST).exists()]
+        if done:
+            return max(done, key=lambda step: int(step.name))
+    raise LlamaError(
+        ExitCode.NOT_A_CHECKPOINT,
+        f"{path} holds no complete llama_jax checkpoint ({MANIFEST} is missing: a conversion that was stopped, or weights that "
+        f"were not converted): run python -m llama_jax.convert --source WEIGHTS --output DIR",
+    )

@@ -1,0 +1,222 @@
+"""Weights of Meta, Hugging Face or llama2.c -> a checkpoint of ours.
+
+    python -m llama_jax.convert --source llama-2-7b --output checkpoints/llama-2-7b
+
+The kind of source is recognised by its content. One tensor is in memory at a time; sources are memory-mapped.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from llama_jax.checkpoint.lazy import LazyArray
+from llama_jax.checkpoint.source import Source, open_source
+from llama_jax.checkpoint.store import DTYPES, Checkpoint
+from llama_jax.errors import ExitCode, LlamaError, run_command
+from llama_jax.text.chat import FORMATS, chat_format_of
+from llama_jax.text.tokenizer import Tokenizer, convert_llama2c_tokenizer, load_tokenizer
+
+PADDED_ROWS = 1024  # rows an embedding may have beyond its tokenizer: Hugging Face models are padded for speed
+
+
+def convert(
+    source: str | Path,
+    output: epath.PathLike,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    max_length: int | None = None,
+    chat_format: str | None = None,
+    overwrite: bool = False,
+    command: str = "llama_jax.convert.convert",
+) -> Checkpoint:
+    """Converts a source; says on stderr what it found, assumed and wrote.
+
+    Args:
+        source: a folder of Meta's or Hugging Face's, or a .bin file of llama2.c.
+        output: the directory to make; a complete checkpoint there stays unless `overwrite`.
+        dtype: of the checkpoint; the source's when not given, so that nothing is lost.
+        tokenizer: its file or folder, when it is not beside the weights.
+        max_length: context in tokens, when the source does not say it or is wrong.
+        chat_format: a name of llama_jax.text.chat.FORMATS, "" for a base model; found out when not given.
+
+    Raises:
+        LlamaError: what is wrong with the source; nothing is left at the output then.
+    """
+    from llama_jax.checkpoint.save import Leaf, save_checkpoint
+
+    opened = open_source(source, max_length=max_length)
+    with tempfile.TemporaryDirectory() as scratch:
+        text, files = _tokenizer(opened, tokenizer, Path(scratch))
+        _report(opened, text)
+        if chat_format is None:
+            template = text.chat_template if text else None
+            chat_format = chat_format_of(_name(opened), template, text)
+        target = np.dtype(opened.dtype) if dtype is None else DTYPES[dtype]
+        leaves = {
+            name: Leaf(array.shape, target, lambda name=name, array=array: _read(name, array, target))
+            for name, array in opened.params.items()
+        }
+        total = sum(leaf.nbytes for leaf in leaves.values())
+        start = time.monotonic()
+        with (
+            concurrent.futures.ThreadPoolExecutor(1) as pool,
+            tqdm(total=total, unit="B", unit_scale=True, desc="converting", file=sys.stderr) as bar,
+        ):
+            hashes = pool.submit(_hash_files, opened.files)
+            checkpoint = Checkpoint(
+                path=epath.Path(output),
+                config=opened.config,
+                dtype=target,
+                chat_format=chat_format,
+                tokenizer=tuple(file.name for file in files),
+                source={},
+                command=command,
+            )
+
+            def described(checkpoint: Checkpoint) -> Checkpoint:
+                files = hashes.result()
+                return dataclasses.replace(
+                    checkpoint, source={"kind": opened.kind, "path": str(Path(source).absolute()), "files": files}
+                )
+
+            written = lambda name, nbytes: bar.update(nbytes)  # noqa: E731
+            checkpoint = save_checkpoint(
+                checkpoint, leaves, tokenizer_files=files, overwrite=overwrite, written=written, finish=described
+            )
+    seconds = time.monotonic() - start
+    print(
+        f"wrote {output}: {opened.config.num_params:,} parameters, {target}, {total / 1e9:.2f} GB in {seconds:.1f} s "
+        f"({total / 1e6 / seconds:.0f} MB/s)",
+        file=sys.stderr,
+    )
+    return checkpoint
+
+
+def _tokenizer(source: Source, given: str | Path | None, scratch: Path) -> tuple[Tokenizer | None, Sequence[Path]]:
+    """The source's tokenizer, checked against the embedding, and the files to copy."""
+    if given is None and not source.tokenizer:
+        print(
+            "warning: no tokenizer beside the weights: the checkpoint will have none, and programs will need one "
+            "(--tokenizer FILE here, or --config.tokenizer=FILE there)",
+            file=sys.stderr,
+        )
+        return None, ()
+    path = Path(given) if given is not None else source.tokenizer[0].parent
+    tokenizer = load_tokenizer(path)
+    rows, tokens = source.config.vocab_size, tokenizer.vocab_size
+    if tokens > rows or rows - tokens >= (PADDED_ROWS if source.kind == "Hugging Face" else 1):
+        raise LlamaError(
+            ExitCode.VOCAB_MISMATCH,
+            f"the tokenizer {path} has {tokens:,} tokens, the embedding {rows:,} rows: they belong to different models; "
+            "--tokenizer FILE names the right one",
+        )
+    if rows != tokens:
+        print(f"the embedding has {rows - tokens} rows more than the tokenizer has tokens (padding)", file=sys.stderr)
+    files = list(tokenizer.files())
+    if given is None:  # what else describes the text: generation_config.json and the like
+        files += [file for file in source.tokenizer if file.name not in {f.name for f in files}]
+    if any(file.name == "tokenizer.bin" for file in files):
+        convert_llama2c_tokenizer(files[0], scratch / "tokenizer.model")
+        files = [scratch / "tokenizer.model"]
+    return tokenizer, files
+
+
+def _report(source: Source, tokenizer: Tokenizer | None) -> None:
+    config = source.config
+    print(
+        f"{source.kind} weights in {source.path}: {config.num_params:,} parameters, {source.dtype}, {config.num_layers} layers, "
+        f"width {config.embed_dim}, {config.num_heads} heads ({config.num_kv_heads} key/value), theta {config.rope_theta:g}, "
+        f"epsilon {config.norm_eps:g}, context {config.max_length}{', tied head' if config.tied_head else ''}"
+        f"{', ' + type(tokenizer).__name__ if tokenizer else ''}",
+        file=sys.stderr,
+    )
+    for note in source.notes:
+        print(note, file=sys.stderr)
+    if config.norm_eps == 1e-6 and "llama2" in _name(source).lower().replace("-", "").replace("_", ""):
+        print(
+            "warning: the source says epsilon 1e-6; Llama 2 has 1e-5 and early downloads had this wrong in params.json "
+            "(meta-llama/llama#771): correct params.json and convert again",
+            file=sys.stderr,
+        )
+
+
+def _name(source: Source) -> str:
+    """What the user calls the model: the folder's name, which may be "original" or "meta" inside the model's."""
+    folder = source.path.absolute() if source.path.is_dir() else source.path.absolute().parent
+    return f"{folder.parent.name} {folder.name}" if folder.name in ("original", "meta") else folder.name
+
+
+def _read(name: str, array: LazyArray, dtype: np.dtype) -> np.ndarray:
+    """An array of the source in memory, finite, in the checkpoint's dtype."""
+    values = array.read()
+    array.release()
+    if not _is_finite(values):
+        raise LlamaError(
+            ExitCode.NOT_FINITE,
+            f"{name} has NaN or infinite values: the source is damaged; download it again or check its training",
+        )
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if not _is_finite(cast):
+        raise LlamaError(ExitCode.NOT_FINITE, f"{name} has values that {dtype} cannot hold: choose another --dtype")
+    return cast
+
+
+def _is_finite(values: np.ndarray, step: int = 2**22) -> bool:
+    flat = values.reshape(-1)
+    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
+
+
+def _hash_files(files: Sequence[Path]) -> list[dict[str, str | int]]:
+    hashed = []
+    for file in files:
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        hashed.append({"name": file.name, "bytes": file.stat().st_size, "sha256": digest})
+    return hashed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, help="folder of Meta's or Hugging Face's, or a .bin file of llama2.c")
+    parser.add_argument("--output", required=True, help="directory to make")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the checkpoint (default: as in the source)")
+    parser.add_argument("--tokenizer", help="its file or folder (default: beside the weights)")
+    parser.add_argument("--max-length", type=int, help="context in tokens (default: what the source says)")
+    parser.add_argument("--chat-format", choices=("", *FORMATS), help="(default: by the folder's name or the chat template)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at the output")
+    args = parser.parse_args()
+    if args.max_length is not None and args.max_length < 1:
+        parser.error(f"--max-length is {args.max_length}, expected at least 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+    convert(
+        args.source,
+        args.output,
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        max_length=args.max_length,
+        chat_format=args.chat_format,
+        overwrite=args.overwrite,
+        command=shlex.join(["python", "-m", "llama_jax.convert", *sys.argv[1:]]),
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,157 @@
+"""The compiled programs: prefill, decode, and what goes around them. Arrays in, arrays out; the host loop is in engine.py."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from llama_jax.config import ModelConfig
+from llama_jax.generation.state import Controls, DecodeState, Output, new_history, row_keys
+from llama_jax.model import Params, grow_cache, hidden_states, logits
+from llama_jax.ops.sampling import penalise, sample
+
+CHUNK = 32  # the most tokens one decode call makes
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "cache_length", "num_top"))
+def prefill(
+    cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, controls: Controls, *, cache_length: int, num_top: int
+) -> tuple[DecodeState, Output]:
+    """Reads the prompts and chooses the first token of each answer.
+
+    Args:
+        tokens: [B, T] int32, padded on the right with any token.
+        lengths: [B] int32, at least 1.
+        cache_length: S of the state's cache, at least T.
+        num_top: alternatives to report per token.
+
+    Returns:
+        The state, and the first token of every row ([B, 1]).
+    """
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    x, cache = hidden_states(cfg, params, tokens, positions, rope_length=controls.rope_length)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    state = DecodeState(
+        last_token=jnp.zeros(B, jnp.int32),
+        lengths=lengths,
+        prompt_lengths=lengths,
+        done=controls.max_new <= 0,
+        cache=grow_cache(cache, cache_length),
+        controls=controls,
+        history=None if controls.bias is None else new_history(tokens, lengths, controls.bias),
+    )
+    state, output = _choose(state, logits(cfg, params, last)[:, 0], num_top)
+    return state, jax.tree.map(lambda x: x[:, None], output)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "num_top"), donate_argnames="state")
+def decode(
+    cfg: ModelConfig, params: Params, state: DecodeState, halt: Array, n: Array, *, num_top: int
+) -> tuple[DecodeState, Output]:
+    """Makes up to n tokens a row in one program: forward, sampling and stopping all on the device.
+
+    Args:
+        state: donated; its cache has room for n more tokens in every row that is not done.
+        halt: [B] bool, rows that the host has ended (a stop string, a reader who left).
+        n: scalar, at most CHUNK; not a constant of the program, so a reader in a hurry and a batch job share it.
+
+    Returns:
+        The state, and n tokens a row in the first columns of [B, CHUNK].
+    """
+    B = state.done.shape[0]
+    empty = Output(
+        jnp.full((B, CHUNK), -1, jnp.int32),
+        jnp.zeros((B, CHUNK)),
+        jnp.zeros((B, CHUNK, num_top), jnp.int32),
+        jnp.zeros((B, CHUNK, num_top)),
+    )
+
+    def more(carry) -> Array:
+        step, state, _ = carry
+        return (step < n) & ~jnp.all(state.done)
+
+    def body(carry):
+        step, state, outputs = carry
+        state, output = _decode_step(cfg, params, state, num_top)
+        outputs = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, step, 1), outputs, output)
+        return step + 1, state, outputs
+
+    state = dataclasses.replace(state, done=state.done | halt)
+    _, state, outputs = jax.lax.while_loop(more, body, (jnp.int32(0), state, empty))
+    return state, outputs
+
+
+@functools.partial(jax.jit, static_argnames="cache_length")
+def grow(state: DecodeState, *, cache_length: int) -> DecodeState:
+    """The same state with a longer cache."""
+    return dataclasses.replace(state, cache=grow_cache(state.cache, cache_length))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "num_top"))
+def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *, num_top: int) -> Output:
+    """How likely each token is after those before it: [B, T] -> Output of [B, T - 1] for tokens[:, 1:].
+
+    The head is applied to a slice of positions at a time: [B, T, V] in float32 never exists.
+    """
+    B, T = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length)
+
+    def one(position: Array) -> Output:
+        here = jax.lax.dynamic_slice_in_dim(x, position, 1, axis=1)
+        target = jax.lax.dynamic_index_in_dim(tokens, position + 1, axis=1, keepdims=False)
+        return _report(logits(cfg, params, here)[:, 0], target, num_top)
+
+    outputs = jax.lax.map(one, jnp.arange(T - 1), batch_size=min(64, T - 1))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def all_logits(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array) -> Array:
+    """[B, T] -> [B, T, V] float32."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return logits(cfg, params, hidden_states(cfg, params, tokens, positions, rope_length=rope_length)[0])
+
+
+def cast_params(params: Params, dtype: DTypeLike) -> Params:
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def _decode_step(cfg: ModelConfig, params: Params, state: DecodeState, num_top: int) -> tuple[DecodeState, Output]:
+    x, cache = hidden_states(
+        cfg, params, state.last_token[:, None], state.lengths[:, None], state.cache, state.controls.rope_length
+    )
+    lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
+    state = dataclasses.replace(state, cache=cache, lengths=lengths)
+    return _choose(state, logits(cfg, params, x)[:, 0], num_top)
+
+
+def _choose(state: DecodeState, raw: Array, num_top: int) -> tuple[DecodeState, Output]:
+    """Samples the token that follows `lengths` tokens, reports it and decides which rows end with it.
+
+    Args:
+        raw: [B, V] float32 logits.
+    """
+    controls, history = state.controls, state.history
+    adjusted = raw if history is None else penalise(raw, history, controls.sampling)
+    token = sample(adjusted, row_keys(controls.seed, state.lengths), controls.sampling)
+    output = _report(raw, token, num_top)._replace(tokens=jnp.where(state.done, -1, token))
+    if history is not None:
+        counts = history.counts.at[jnp.arange(token.shape[0]), token].add(jnp.where(state.done, 0, 1))
+        history = history._replace(counts=counts)
+    made = state.lengths - state.prompt_lengths + 1
+    ends = jnp.any(token[:, None] == controls.stop_ids, axis=-1) | (made >= controls.max_new)
+    last_token = jnp.where(state.done, state.last_token, token)
+    return dataclasses.replace(state, last_token=last_token, done=state.done | ends, history=history), output
+
+
+def _report(raw: Array, token: Array, num_top: int) -> Output:
+    """The token with its log-probability and the likeliest alternatives: arrays [B] and [B, num_top]."""
+    normaliser = jax.nn.logsumexp(raw, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(raw, token[:, None], axis=-1) - normaliser
+    top, ids = jax.lax.top_k(raw, num_top)
+    return Output(token, chosen[:, 0], ids.astype(jnp.int32), top - normaliser)

@@ -1,0 +1,92 @@
+"""What a batch of sequences carries from one decode step to the next."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from llama_jax.model import KVCache
+from llama_jax.ops.sampling import History, Sampling
+
+MAX_STOP_IDS = 8
+MAX_TOP_LOGPROBS = 20
+
+
+class Controls(NamedTuple):
+    """What each row asked for.
+
+    Attributes:
+        sampling: arrays [B].
+        seed: [B, 3] uint32: high and low word of the request's seed, and which of its samples this is.
+        max_new: [B] int32, tokens to generate; 0 in rows that only fill the batch.
+        stop_ids: [B, 8] int32, -1 where unused.
+        rope_length: [B] int32, tokens the sequence may reach (read by `dynamic` RoPE only).
+        bias: [B, V] float32, or None when no row uses a bias or a penalty.
+    """
+
+    sampling: Sampling
+    seed: Array
+    max_new: Array
+    stop_ids: Array
+    rope_length: Array
+    bias: Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Every row has its own length and settings.
+
+    Attributes:
+        last_token: [B] int32, chosen but not yet in the cache.
+        lengths: [B] int32, tokens in the cache.
+        prompt_lengths: [B] int32.
+        done: [B] bool.
+        cache: per layer k, v [B, K, S, H].
+        controls: what each row asked for.
+        history: [B, V] arrays when a row uses a penalty or a bias, else None.
+    """
+
+    last_token: Array
+    lengths: Array
+    prompt_lengths: Array
+    done: Array
+    cache: KVCache
+    controls: Controls
+    history: History | None
+
+
+class Output(NamedTuple):
+    """Tokens of n steps. A finished row has -1.
+
+    tokens, logprobs: [B, n]; top_ids, top_logprobs: [B, n, k]. Log-probabilities are of the model itself: before penalties,
+    bias, temperature and truncation.
+    """
+
+    tokens: Array
+    logprobs: Array
+    top_ids: Array
+    top_logprobs: Array
+
+
+def row_keys(seed: Array, positions: Array) -> Array:
+    """The PRNG key of each row at each position: the request's seed, folded with the sample's number and the position.
+
+    So the draw depends on nothing else: not on the batch, the chunk or the step count.
+    """
+
+    def key(words: Array, position: Array) -> Array:
+        root = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+        return jax.random.fold_in(jax.random.fold_in(root, words[2]), position)
+
+    return jax.vmap(key)(seed, positions)
+
+
+def new_history(tokens: Array, lengths: Array, bias: Array) -> History:
+    """History of prompts [B, T] with their lengths [B]."""
+    B, T = tokens.shape
+    real = jnp.arange(T) < lengths[:, None]
+    in_prompt = jnp.zeros(bias.shape, bool).at[jnp.arange(B)[:, None], tokens].max(real)
+    return History(in_prompt, jnp.zeros(bias.shape, jnp.int32), bias)

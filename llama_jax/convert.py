@@ -137,8 +137,9 @@ def _tokenizer(source: Source, given: str | Path | None, scratch: Path) -> tuple
 def _report(source: Source, tokenizer: Tokenizer | None) -> None:
     config = source.config
     print(
-        f"{source.kind} weights in {source.path}: {config.num_params:,} parameters, {source.dtype}, {config.num_layers} layers, "
-        f"width {config.embed_dim}, {config.num_heads} heads ({config.num_kv_heads} key/value), theta {config.rope_theta:g}, "
+        f"{source.kind} weights in {source.path}: {config.num_params:,} parameters, {source.dtype}, "
+        f"{config.num_layers} layers, width {config.embed_dim}, "
+        f"{config.num_heads} heads ({config.num_kv_heads} key/value), theta {config.rope_theta:g}, "
         f"epsilon {config.norm_eps:g}, context {config.max_length}{', tied head' if config.tied_head else ''}"
         f"{', ' + type(tokenizer).__name__ if tokenizer else ''}",
         file=sys.stderr,

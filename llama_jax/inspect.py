@@ -15,9 +15,10 @@ def describe(checkpoint: Checkpoint) -> str:
     """Lines of text: path, model, source, and what made it."""
     config, source = checkpoint.config, checkpoint.source
     same = [name for name, preset in PRESETS.items() if preset == config]
+    size = config.num_params * checkpoint.dtype.itemsize
     lines = [
         f"checkpoint   {checkpoint.path}",
-        f"parameters   {config.num_params:,} in {checkpoint.dtype}, {config.num_params * checkpoint.dtype.itemsize / 1e9:.2f} GB",
+        f"parameters   {config.num_params:,} in {checkpoint.dtype}, {size / 1e9:.2f} GB",
         f"published as {', '.join(same) or '-'}",
         f"chat format  {checkpoint.chat_format or '- (a base model)'}",
         f"tokenizer    {', '.join(checkpoint.tokenizer) or '-'}",

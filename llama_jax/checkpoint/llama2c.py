@@ -6,7 +6,6 @@ Layout: llama-facts 3.4 (from karpathy/llama2.c export.py and run.c). Rows of wq
 import dataclasses
 import math
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ from llama_jax.errors import ExitCode
 MAGIC = 0x616B3432  # "ak42"
 HEADER = 256  # bytes of the header of versions 1 and 2
 NORM_EPS, ROPE_THETA = 1e-5, 1e4  # run.c has them as constants
-MAX_LAYERS = 100_000
 TOKENIZER = ("tokenizer.model", "tokenizer.bin")
 
 # Leaves in the order of the file; a leaf of a layer stands for all layers one after the other.
@@ -74,8 +72,8 @@ def parse_header(head: bytes) -> Header | None:
     else:
         *sizes, vocab, length = struct.unpack_from("<7i", head)
         header = Header(0, (*sizes, abs(vocab), length), vocab > 0, 28)
-    dim, _, layers, heads, kv_heads, *_ = header.sizes
-    if min(header.sizes) <= 0 or layers > MAX_LAYERS or dim % heads or (dim // heads) % 2 or heads % kv_heads:
+    dim, _, _, heads, kv_heads, *_ = header.sizes
+    if min(header.sizes) <= 0 or dim % heads or (dim // heads) % 2 or heads % kv_heads:
         return None
     return header
 
@@ -115,10 +113,21 @@ def open_llama2c(path: Path, *, max_length: int | None = None) -> Source:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Section:
+    """Tensors of one kind, one after the other: one, or one of each layer. `group` 0: float32; else int8 and scales."""
+
+    leaf: str
+    repeat: int
+    shape: tuple[int, ...]
+    group: int
+    size: int  # bytes of one tensor
+
+
 def _open_weights(file: MappedFile, header: Header, config: ModelConfig) -> dict[str, LazyArray]:
     """Every tensor by Meta's name, after a comparison of the file's size with what the header describes."""
-    pieces = list(_pieces(header, config))
-    expected = header.start + sum(size for *_, size in pieces)
+    sections = _sections(file.path, header, config)
+    expected = header.start + sum(section.repeat * section.size for section in sections)
     if expected != file.size:
         short = file.size < expected
         fail(
@@ -128,31 +137,34 @@ def _open_weights(file: MappedFile, header: Header, config: ModelConfig) -> dict
         )
     raw: dict[str, LazyArray] = {}
     at = header.start
-    for name, shape, group, size in pieces:
-        if name and group:
-            raw[name] = mapped_int8(file, at, shape, group)
-        elif name:
-            raw[name] = mapped(file, at, shape, np.dtype(np.float32))
-        at += size
+    for section in sections:
+        for i in range(section.repeat):
+            if section.group:
+                raw[_name(section.leaf, i)] = mapped_int8(file, at, section.shape, section.group)
+            elif section.leaf != "rope":
+                raw[_name(section.leaf, i)] = mapped(file, at, section.shape, np.dtype(np.float32))
+            at += section.size
     return raw
 
 
-def _pieces(header: Header, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-    """The file in order: name ("" for what is skipped), shape, values per scale (0: float32), bytes."""
+def _sections(path: Path, header: Header, config: ModelConfig) -> list[_Section]:
+    """The file in order, after the header."""
+    sections = []
     for leaf in _ORDER[header.version]:
-        if leaf == "rope":  # cos and sin, [context, head_dim / 2] each
-            yield "", (), 0, 4 * header.sizes[6] * config.head_dim
-            continue
         if leaf == "lm_head" and header.tied:
             continue
-        shape = flat_shape(config, leaf)
+        # "rope": cos and sin, [context, head_dim / 2] each
+        shape = (header.sizes[6], config.head_dim) if leaf == "rope" else flat_shape(config, leaf)
         count = math.prod(shape)
         group = header.group if header.version == 2 and leaf not in _NORMS else 0
         if group and count % group:
-            fail(ExitCode.BAD_HEADER, f"{leaf} of {count} values does not divide into groups of {group}: the file is damaged")
+            fail(
+                ExitCode.BAD_HEADER,
+                f"{path}: {leaf} of {count} values does not divide into groups of {group}: the file is damaged",
+            )
         size = count + count // group * 4 if group else 4 * count
-        for i in range(config.num_layers if leaf in LAYER_NAMES else 1):
-            yield _name(leaf, i), shape, group, size
+        sections.append(_Section(leaf, config.num_layers if leaf in LAYER_NAMES else 1, shape, group, size))
+    return sections
 
 
 def _name(leaf: str, layer: int) -> str:

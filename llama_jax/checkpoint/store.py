@@ -9,7 +9,7 @@ read one at a time through TensorStore, the layer below Orbax, which starts fast
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -128,17 +128,6 @@ class ArrayReader:
             raise LlamaError(
                 ExitCode.TRUNCATED, f"{self._folder}: array {name!r} cannot be read ({error}): convert the source again"
             ) from None
-
-
-def names_of(config: ModelConfig) -> Iterator[str]:
-    """The dotted names of a model's arrays: embedding, layers in order, final_norm, lm_head."""
-    yield "embedding"
-    for i in range(config.num_layers):
-        for leaf in ("attn_norm", "q_proj", "k_proj", "v_proj", "o_proj", "mlp_norm", "gate_proj", "up_proj", "down_proj"):
-            yield f"layers.{i}.{leaf}"
-    yield "final_norm"
-    if not config.tied_head:
-        yield "lm_head"
 
 
 def to_tree(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 
 from llama_jax.config import ModelConfig
 from llama_jax.generation.state import Controls, DecodeState, Output, new_history, row_keys
@@ -14,6 +13,7 @@ from llama_jax.model import Params, grow_cache, hidden_states, logits
 from llama_jax.ops.sampling import penalise, sample
 
 CHUNK = 32  # the most tokens one decode call makes
+SCORE_SLICE = 64  # positions whose logits exist at once
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "cache_length", "num_top"))
@@ -100,14 +100,16 @@ def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length)
+    slices = -(-T // SCORE_SLICE)
+    pad = slices * SCORE_SLICE - T
+    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, slices, SCORE_SLICE, -1)
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad + 1))).reshape(B, slices, SCORE_SLICE)
 
-    def one(position: Array) -> Output:
-        here = jax.lax.dynamic_slice_in_dim(x, position, 1, axis=1)
-        target = jax.lax.dynamic_index_in_dim(tokens, position + 1, axis=1, keepdims=False)
-        return _report(logits(cfg, params, here)[:, 0], target, num_top)
+    def score_slice(i: Array) -> Output:
+        return _report(logits(cfg, params, x[:, i]), targets[:, i], num_top)
 
-    outputs = jax.lax.map(one, jnp.arange(T - 1), batch_size=min(64, T - 1))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
+    outputs = jax.lax.map(score_slice, jnp.arange(slices))  # [slices, B, SCORE_SLICE, ...]
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, slices * SCORE_SLICE, *x.shape[3:])[:, : T - 1], outputs)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -115,10 +117,6 @@ def all_logits(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Arr
     """[B, T] -> [B, T, V] float32."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return logits(cfg, params, hidden_states(cfg, params, tokens, positions, rope_length=rope_length)[0])
-
-
-def cast_params(params: Params, dtype: DTypeLike) -> Params:
-    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def _decode_step(cfg: ModelConfig, params: Params, state: DecodeState, num_top: int) -> tuple[DecodeState, Output]:
@@ -150,8 +148,8 @@ def _choose(state: DecodeState, raw: Array, num_top: int) -> tuple[DecodeState, 
 
 
 def _report(raw: Array, token: Array, num_top: int) -> Output:
-    """The token with its log-probability and the likeliest alternatives: arrays [B] and [B, num_top]."""
+    """Tokens [...] with their log-probabilities [...] and the likeliest alternatives [..., num_top]; raw: [..., V]."""
     normaliser = jax.nn.logsumexp(raw, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(raw, token[:, None], axis=-1) - normaliser
+    chosen = jnp.take_along_axis(raw, token[..., None], axis=-1) - normaliser
     top, ids = jax.lax.top_k(raw, num_top)
-    return Output(token, chosen[:, 0], ids.astype(jnp.int32), top - normaliser)
+    return Output(token, chosen[..., 0], ids.astype(jnp.int32), top - normaliser)

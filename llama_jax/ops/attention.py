@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from llama_jax.ops.linear import precision
+
 # Finite, so that a row that may look nowhere stays finite (a softmax of all -inf is NaN and spreads through the batch).
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -25,8 +27,8 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     B, T, N, H = q.shape
     K = k.shape[1]
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=precision(q.dtype), preferred_element_type=jnp.float32) * H**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
     # The product is left in its natural order and moved after: XLA:CPU has no bfloat16 kernel that writes BTKGH.
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, precision=precision(v.dtype), preferred_element_type=jnp.float32)
     return jnp.moveaxis(out.astype(v.dtype), 3, 1).reshape(B, T, N, H)

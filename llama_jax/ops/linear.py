@@ -1,5 +1,6 @@
 """Matrix products with weights."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -17,5 +18,10 @@ def project(equation: str, x: Array, weight: Array, dtype: DTypeLike | None = No
         weight: cast to x's dtype.
         dtype: of the result; x's when not given.
     """
-    y = jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    y = jnp.einsum(equation, x, weight.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
     return y.astype(dtype or x.dtype)
+
+
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """float32 means float32: by default TPUs multiply it in bfloat16 and GPUs in TF32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -59,7 +59,7 @@ class Tokenizer(abc.ABC):
             text: a rendered chat template.
             escape: one character; it is removed, a control token's text may not hold it, nor begin right after it.
         """
-        parts = self._special_pattern(escape).split(valid_text(text))
+        parts = self.special_pattern(escape).split(valid_text(text))
         ids: list[int] = []
         for i, part in enumerate(parts):
             if i % 2:
@@ -108,7 +108,8 @@ class Tokenizer(abc.ABC):
             raise LlamaError(ExitCode.BAD_TOKENIZER, f"this tokenizer has no {name} token: call encode without it")
         return token_id
 
-    def _special_pattern(self, escape: str) -> re.Pattern[str]:
+    def special_pattern(self, escape: str = "") -> re.Pattern[str]:
+        """Finds the control tokens in trusted text, escaped ones left out; its one group is the token's text."""
         names = sorted(self.special_tokens, key=len, reverse=True)  # the longest of two that begin alike
         guard = f"(?<!{re.escape(escape)})" if escape else ""
         return re.compile(f"{guard}({'|'.join(map(re.escape, names))})" if names else "((?!))")

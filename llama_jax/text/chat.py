@@ -157,13 +157,25 @@ def _encode_llama3(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 
 
 def _encode_template(tokenizer: Tokenizer, messages: Messages, template: str | None, now: datetime.datetime) -> list[int]:
+    """The rendered template's ids; whatever it does with content (strip, join, split it), content gives no control token.
+
+    Every possible beginning of a control token is escaped, unless the template looks at content and then renders otherwise,
+    but with the same control tokens.
+    """
     if not template:
         raise _refused("the tokenizer has no chat template: give one, or name a chat format")
     texts = {token_id: text for text, token_id in tokenizer.special_tokens.items()}
     tokens = {"bos_token": texts.get(tokenizer.bos_id, ""), "eos_token": texts.get(tokenizer.eos_id, "")}
     escape = unused_character([template, *tokenizer.special_tokens, *_strings(messages)])
-    safe = escape_content(messages, tokenizer.special_tokens, escape)
-    ids = tokenizer.encode_template(render(template, safe, tokens, now), escape)
+    specials = tokenizer.special_tokens
+    plain, strict = (
+        render(template, escape_content(messages, specials, escape, everywhere=everywhere), tokens, now)
+        for everywhere in (False, True)
+    )
+    control = tokenizer.special_pattern(escape)
+    looks_at_content = plain.replace(escape, "") != strict.replace(escape, "")
+    prompt = plain if looks_at_content and control.findall(plain) == control.findall(strict) else strict
+    ids = tokenizer.encode_template(prompt, escape)
     return ids[1:] if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2 else ids
 
 

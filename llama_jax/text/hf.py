@@ -53,8 +53,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_template(self, text: str, escape: str = "") -> list[int]:
         text = valid_text(text)
         plain = text.replace(escape, "") if escape else text
-        trusted = [(m.start() - text.count(escape, 0, m.start()), m[0]) for m in self._special_pattern(escape).finditer(text)]
-        if trusted == [(m.start(), m[0]) for m in self._special_pattern("").finditer(plain)]:
+        trusted = [(m.start() - text.count(escape, 0, m.start()), m[0]) for m in self.special_pattern(escape).finditer(text)]
+        if trusted == [(m.start(), m[0]) for m in self.special_pattern("").finditer(plain)]:
             return self._variant("template").encode(plain, add_special_tokens=False).ids
         return super().encode_template(text, escape)  # some of the text only looks like a control token
 
@@ -157,7 +157,7 @@ def _build(spec: dict[str, Any], parse_special: bool):
     tokenizer.encode_special_tokens = not parse_special
     for token in spec["added_tokens"]:
         if tokenizer.token_to_id(token["content"]) != token["id"]:
-            raise _bad(f"gives {token['content']!r} id {token['id']}, but its vocabulary has room for it elsewhere only")
+            raise _bad(f"gives {token['content']!r} id {token['id']}, which its vocabulary does not leave free")
     return tokenizer
 
 

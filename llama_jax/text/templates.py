@@ -1,14 +1,14 @@
 """Jinja chat templates: the ones we export, and running one that came with a tokenizer.
 
 A template is trusted for its text but not for its manners: it runs in jinja2's sandbox with a limit on loop steps. What users
-wrote is not trusted at all: before it goes in, `escape_content` marks every place where a control token might begin, and
-`Tokenizer.encode_template` makes control tokens only of what carries no mark. Whatever the template does with the content
-(strip it, join it, split it at a word), a control token then comes from the template or from nowhere.
+wrote is not trusted at all: before it goes in, `escape_content` marks the places where a control token might begin, and
+`Tokenizer.encode_template` makes control tokens only of what carries no mark.
 """
 
 import datetime
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -104,24 +104,30 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping
         raise _bad(f"failed: {type(e).__name__}: {e}") from e
 
 
-def escape_content(messages: Sequence[Mapping[str, Any]], specials: Iterable[str], escape: str) -> list[dict[str, Any]]:
+def escape_content(
+    messages: Sequence[Mapping[str, Any]], specials: Iterable[str], escape: str, *, everywhere: bool
+) -> list[dict[str, Any]]:
     """Messages whose content cannot become a control token.
 
     Args:
         messages: role and content, and whatever else the template reads; roles are left as they are.
         specials: texts of the control tokens.
-        escape: a character that appears nowhere else, put before each character that could begin one of them, and at the
-            start of a content that could complete one.
+        escape: a character that appears nowhere else, put before each control token, and at the start of a content that
+            could complete one.
+        everywhere: also before each character that a control token may begin with. Then the template cannot make one by
+            cutting content and joining it again, but it may not find in the content what it looks for.
     """
     specials = [name for name in specials if name]
-    starts = {name[0] for name in specials if not name[0].isspace()}
+    firsts = {name[0] for name in specials if not name[0].isspace()}
     tails = {name[i:] for name in specials for i in range(1, len(name))}
+    start = (
+        re.compile(f"(?={'|'.join(map(re.escape, firsts if everywhere else specials))})") if specials else re.compile("(?!)")
+    )
 
     def marked(text: str) -> str:
         body = text.lstrip()  # templates strip: an escape inside the space around a text would stop them
         completes = bool(body) and any(tail.startswith(body) or body.startswith(tail) for tail in tails)
-        escaped = "".join(escape + c if c in starts else c for c in body)
-        return text[: len(text) - len(body)] + (escape if completes else "") + escaped
+        return text[: len(text) - len(body)] + (escape if completes else "") + start.sub(escape, body)
 
     def walk(value: Any) -> Any:
         if isinstance(value, str):

@@ -1,0 +1,40 @@
+"""Sampling: python -m infer.sample --config=configs/sample.py --config.checkpoint=DIR --prompt "Once upon a time"."""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+BUNDLED = "bundled/checkpoint"  # the small story model that ships with the repository
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.checkpoint = BUNDLED  # a directory made by llama_jax.convert, or the WORKDIR of a training run
+    c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
+    c.dtype = "auto"  # of weights, activations and cache: auto (as stored), bfloat16, float32, float16
+    c.max_length = 0  # tokens of prompt and answer together; 0: the model's context
+    c.max_new_tokens = 256  # 0: as many as the context holds
+    c.batch_size = 16  # sequences generated at once
+    c.suffix_first = False  # order of a prompt with <FILL_ME> (Code Llama): SPM instead of PSM
+    c.sampling = sampling()
+    c.sampling.n = 1  # answers per prompt
+    c.sampling.echo = True  # print the prompt too
+    return c
+
+
+def sampling() -> ml_collections.ConfigDict:
+    """What every program that generates can be told; llama_jax.generation.request.Settings explains each."""
+    c = ml_collections.ConfigDict()
+    c.temperature = 0.6  # 0: greedy
+    c.top_k = 0  # 0: all
+    c.top_p = 0.9
+    c.min_p = 0.0
+    c.repetition_penalty = 1.0
+    c.frequency_penalty = 0.0
+    c.presence_penalty = 0.0
+    c.logit_bias = ""  # "ID:BIAS,ID:BIAS"
+    c.seed = 0
+    c.stop = ("",)[:0]  # strings that end the answer
+    c.stop_ids = (0,)[:0]  # token ids that do
+    c.ignore_eos = False
+    c.logprobs = -1  # 0 and up: report log-probabilities, and so many alternatives, as JSON lines on stderr
+    return c

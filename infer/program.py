@@ -1,0 +1,69 @@
+"""What the programs of this room share: flags to a loaded model."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from llama_jax.errors import ExitCode, LlamaError, run_command
+
+
+def define_config() -> flags.FlagHolder:
+    return config_flags.DEFINE_config_file("config", help_string="configuration file, with --config.KEY=VALUE to change it")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags and runs main; what a user got wrong is one line on stderr."""
+
+    def checked(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise LlamaError(
+                ExitCode.BAD_REQUEST, f"unexpected argument {argv[1]!r}: prompts go in --prompt, files in their flags"
+            )
+        main()
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            said = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
+            raise LlamaError(ExitCode.BAD_REQUEST, f"{said} (--help lists the flags, the config file its keys)") from None
+
+    logging.set_verbosity(logging.WARNING)
+    run_command(lambda: app.run(checked, flags_parser=parse))
+
+
+def load(config: ml_collections.ConfigDict) -> Any:
+    """The model that `checkpoint`, `tokenizer`, `dtype` and `max_length` of a program's config name."""
+    import llama_jax
+
+    if not config.checkpoint:
+        raise LlamaError(ExitCode.BAD_REQUEST, "no checkpoint: --config.checkpoint=DIR names one that llama_jax.convert made")
+    more = {"batch_size": config.batch_size} if "batch_size" in config else {}
+    return llama_jax.load(
+        config.checkpoint, dtype=config.dtype, max_length=config.max_length, tokenizer=config.tokenizer, **more
+    )
+
+
+def settings(config: ml_collections.ConfigDict) -> Any:
+    """The Settings of a program's config."""
+    import llama_jax
+
+    values = config.sampling.to_dict()
+    values["logit_bias"] = _parse_bias(values["logit_bias"])
+    return llama_jax.Settings(max_new_tokens=config.max_new_tokens, **values)
+
+
+def warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _parse_bias(text: str) -> dict[int, float]:
+    try:
+        pairs = (pair.split(":") for pair in text.split(",") if pair.strip())
+        return {int(token): float(bias) for token, bias in pairs}
+    except ValueError:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"logit_bias is {text!r}, expected ID:BIAS,ID:BIAS") from None

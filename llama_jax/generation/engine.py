@@ -1,0 +1,143 @@
+"""The host's side of generation: buckets, chunks, and the loop that keeps the device one chunk ahead."""
+
+import collections
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from llama_jax.config import ModelConfig
+from llama_jax.generation import programs
+from llama_jax.generation.request import Row, Settings, to_controls
+from llama_jax.generation.state import MAX_TOP_LOGPROBS, DecodeState, Output
+from llama_jax.model import Params
+
+MIN_PROMPT_BUCKET = 16
+
+
+def bucket(n: int, largest: int, smallest: int = 1) -> int:
+    """The smallest power of two that holds n, between the two bounds: programs are compiled per bucket, not per size."""
+    size = smallest
+    while size < n:
+        size *= 2
+    return min(size, largest)
+
+
+class Engine:
+    """Token ids in, token ids out, for one set of parameters.
+
+    Attributes:
+        max_length: tokens a sequence may have, prompt and answer together.
+    """
+
+    def __init__(self, cfg: ModelConfig, params: Params, max_length: int):
+        self.cfg = cfg
+        self.params = params
+        self.max_length = max_length
+
+    def run(self, rows: Sequence[Row], halt: np.ndarray, pace_seconds: float | None = None) -> Iterator[Output]:
+        """Continues all rows as one batch.
+
+        Args:
+            rows: the sequences.
+            halt: [len(rows)] bool; set an entry between two yields and the row ends before its next chunk.
+            pace_seconds: how often a reader wants news; chunks are as long as possible when not given.
+
+        Yields:
+            Output of NumPy arrays [len(rows), m]: the next m tokens of every row, -1 after its end.
+        """
+        batch = bucket(len(rows), 2**20)
+        num_top = MAX_TOP_LOGPROBS if any(row.settings.logprobs > 0 for row in rows) else 0
+        state, output = self._prefill(rows, batch, num_top)
+        # The last token chosen is never fed back, so the cache holds one less than prompt and answer.
+        prompts = np.array([len(row.tokens) for row in rows])
+        limits = prompts + np.array([row.settings.max_new_tokens for row in rows]) - 1
+        steps, made = int((limits - prompts).max()), 0
+        ended = np.zeros(len(rows), bool)
+        waiting = collections.deque([(output, 1)])
+        chunk, last_read = programs.CHUNK if pace_seconds is None else 1, None
+        while waiting or made < steps:
+            first_for_reader = pace_seconds is not None and last_read is None  # shown before the next program is made
+            if made < steps and not (ended | halt).all() and not first_for_reader:
+                n = min(chunk, steps - made)
+                made += n
+                state = self._with_room(state, int(np.minimum(prompts + made, limits).max()))
+                stop = np.zeros(batch, bool)
+                stop[: len(rows)] = halt
+                state, output = programs.decode(self.cfg, self.params, state, stop, np.int32(n), num_top=num_top)
+                waiting.append((output, n))
+            output, n = waiting.popleft()
+            output = Output(*(np.asarray(part)[: len(rows), :n] for part in output))
+            now = time.monotonic()
+            if pace_seconds is not None and last_read is not None:
+                chunk = int(np.clip(pace_seconds * n / max(now - last_read, 1e-6), 1, programs.CHUNK))
+            last_read = now
+            for b, row in enumerate(rows):
+                last = output.tokens[b, -1]
+                ended[b] |= last < 0 or last in row.stop_ids
+            yield output
+            if (ended | halt).all():
+                return
+
+    def warm_up(self, batch_size: int = 1, *, logprobs: bool = False, history: bool = False) -> None:
+        """Compiles every program that requests up to this batch size can need; nothing is compiled after.
+
+        Args:
+            logprobs: also for requests with alternatives.
+            history: also for requests with penalties or a bias.
+        """
+        settings = Settings(max_new_tokens=1, logprobs=1 if logprobs else -1, presence_penalty=1.0 if history else 0.0)
+        for batch in _powers(1, bucket(batch_size, 2**20)):
+            for length in _powers(MIN_PROMPT_BUCKET, self.max_length):
+                rows = [Row([0] * length, settings, ())] * batch
+                state, _ = self._prefill(rows, batch, MAX_TOP_LOGPROBS if logprobs else 0)
+                if length > MIN_PROMPT_BUCKET:
+                    continue
+                while True:
+                    state, _ = programs.decode(
+                        self.cfg,
+                        self.params,
+                        state,
+                        np.zeros(batch, bool),
+                        np.int32(0),
+                        num_top=MAX_TOP_LOGPROBS if logprobs else 0,
+                    )
+                    if _capacity(state) >= self.max_length:
+                        break
+                    state = self._with_room(state, _capacity(state) + 1)
+
+    def _prefill(self, rows: Sequence[Row], batch: int, num_top: int) -> tuple[DecodeState, Output]:
+        longest = max(len(row.tokens) for row in rows)
+        length = bucket(longest, self.max_length, MIN_PROMPT_BUCKET)
+        tokens = np.zeros((batch, length), np.int32)
+        lengths = np.ones(batch, np.int32)
+        for b, row in enumerate(rows):
+            tokens[b, : len(row.tokens)] = row.tokens
+            lengths[b] = len(row.tokens)
+        return programs.prefill(
+            self.cfg,
+            self.params,
+            tokens,
+            lengths,
+            to_controls(rows, batch, self.cfg.vocab_size),
+            cache_length=bucket(length + programs.CHUNK, self.max_length, MIN_PROMPT_BUCKET),
+            num_top=num_top,
+        )
+
+    def _with_room(self, state: DecodeState, length: int) -> DecodeState:
+        """The state with a cache for at least `length` tokens a row."""
+        while _capacity(state) < length:
+            state = programs.grow(state, cache_length=min(2 * _capacity(state), self.max_length))
+        return state
+
+
+def _capacity(state: DecodeState) -> int:
+    return state.cache[0].k.shape[2]
+
+
+def _powers(first: int, last: int) -> Iterator[int]:
+    """first, twice first, ..., and last."""
+    while first < last:
+        yield first
+        first *= 2
+    yield last

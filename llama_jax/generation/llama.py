@@ -1,0 +1,350 @@
+"""A loaded model: generate, stream, chat, score, logits."""
+
+import concurrent.futures
+import dataclasses
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from llama_jax.checkpoint.layout import META, names
+from llama_jax.checkpoint.store import DTYPES, Checkpoint, to_tree
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.generation import programs
+from llama_jax.generation.answer import Answer, Completion
+from llama_jax.generation.engine import MIN_PROMPT_BUCKET, Engine, bucket
+from llama_jax.generation.request import Row, Settings, make_row
+from llama_jax.generation.state import MAX_TOP_LOGPROBS, Output
+from llama_jax.model import Params
+from llama_jax.text import chat, infill
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+CACHE_DIR = "~/.cache/llama_jax"
+STREAM_PACE_SECONDS = 0.1
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+def load(
+    checkpoint: epath.PathLike,
+    *,
+    dtype: str = "auto",
+    max_length: int = 0,
+    tokenizer: str | Path | None = None,
+    batch_size: int = 16,
+) -> "Llama":
+    """Loads a checkpoint onto the default device.
+
+    Compiled programs are kept in ~/.cache/llama_jax, or where JAX_COMPILATION_CACHE_DIR says, and found again by later runs.
+
+    Args:
+        checkpoint: a directory made by llama_jax.convert, or the WORKDIR of a training run.
+        dtype: of weights, activations and cache. "auto": as stored, except that float16 becomes bfloat16, which every
+            accelerator multiplies.
+        max_length: tokens of prompt and answer together; the model's context when 0.
+        tokenizer: its file or folder, when the checkpoint has none.
+        batch_size: the most sequences generated at once; more wait their turn.
+
+    Raises:
+        LlamaError: there is no complete checkpoint, or a setting is out of range.
+    """
+    opened = Checkpoint.open(checkpoint)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"dtype is {dtype!r}, expected auto or one of {', '.join(DTYPES)}")
+    if not 0 <= max_length <= 2**20:
+        raise LlamaError(
+            ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
+        )
+    if max_length > opened.config.max_length:
+        print(
+            f"warning: max_length {max_length:,} is beyond the {opened.config.max_length:,} tokens this model was made for",
+            file=sys.stderr,
+        )
+    stored = "bfloat16" if opened.dtype.name == "float16" else opened.dtype.name
+    _keep_compiled_programs()
+    return Llama(
+        config=opened.config,
+        params=load_params(opened, DTYPES[stored if dtype == "auto" else dtype]),
+        tokenizer=_load_tokenizer(opened, tokenizer),
+        chat_format=opened.chat_format,
+        max_length=max_length or opened.config.max_length,
+        batch_size=batch_size,
+    )
+
+
+def load_params(checkpoint: Checkpoint, dtype: np.dtype) -> Params:
+    """The parameters on the default device: each array is read, cast and sent on its own."""
+    reader = checkpoint.arrays()
+
+    def read(name: str) -> jax.Array:
+        return jax.device_put(reader.read(name).astype(dtype, copy=False))
+
+    wanted = [ours for ours, _ in names(checkpoint.config, META)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return to_tree(dict(zip(wanted, pool.map(read, wanted), strict=True)))
+
+
+class Llama:
+    """A model with its tokenizer, ready to generate.
+
+    Attributes:
+        config: what the model computes.
+        params: its weights, a tree of arrays (llama_jax.model).
+        tokenizer: None when the checkpoint has none; prompts are then token ids.
+        chat_format: "" for a base model.
+        max_length: tokens of prompt and answer together.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        *,
+        chat_format: str = "",
+        max_length: int | None = None,
+        batch_size: int = 16,
+    ):
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.chat_format = chat_format
+        self.max_length = max_length or config.max_length
+        self.batch_size = batch_size
+        self.engine = Engine(config, params, self.max_length)
+
+    def generate(self, prompts: Sequence[Prompt], settings: Settings | None = None, **changes: Any) -> list[Completion]:
+        """Continues prompts.
+
+        Args:
+            prompts: texts, or token ids (which are taken as they are, with no beginning-of-sequence put before them).
+            settings: for all prompts.
+            **changes: fields of Settings to set, e.g. `temperature=0, max_new_tokens=100`.
+
+        Returns:
+            settings.n completions per prompt, in the order of the prompts.
+
+        Raises:
+            LlamaError: a setting or prompt cannot be honoured; before any work is done.
+        """
+        _check_prompts(prompts)
+        rows, starts = self._rows(
+            [self._encode(prompt) for prompt in prompts], _settings(settings, changes), self._stop_ids("")
+        )
+        answers = [Answer(row, self.tokenizer, continued=start) for row, start in zip(rows, starts, strict=True)]
+        for first in range(0, len(rows), self.batch_size):
+            for _ in self._run(answers[first : first + self.batch_size]):
+                pass
+        return [self._completion(answer) for answer in answers]
+
+    def stream(self, prompt: Prompt, settings: Settings | None = None, **changes: Any) -> Iterator[str]:
+        """Continues one prompt, yielding text as it is made; the pieces together are `generate`'s text."""
+        changes["n"] = 1
+        for _, piece in self.stream_all([prompt], settings, **changes):
+            yield piece
+
+    def stream_all(
+        self, prompts: Sequence[Prompt], settings: Settings | None = None, **changes: Any
+    ) -> Iterator[tuple[int, str]]:
+        """Continues prompts together, yielding (index, text) as text is made; indices as in the list `generate` returns."""
+        _check_prompts(prompts)
+        settings = _settings(settings, changes)
+        rows, starts = self._rows([self._encode(prompt) for prompt in prompts], settings, self._stop_ids(""))
+        answers = [Answer(row, self._need_tokenizer(), continued=start) for row, start in zip(rows, starts, strict=True)]
+        for first in range(0, len(rows), self.batch_size):
+            batch = answers[first : first + self.batch_size]
+            if settings.echo:
+                yield from ((first + b, self._prompt_text(answer.row)) for b, answer in enumerate(batch))
+            for b, piece in self._run(batch, STREAM_PACE_SECONDS):
+                yield first + b, piece
+
+    def chat(self, messages: Sequence[Message], settings: Settings | None = None, **changes: Any) -> Completion:
+        """Answers a conversation: [{"role": "system" | "user" | "assistant", "content": text}, ...], the user's turn last.
+
+        Raises:
+            LlamaError: this is a base model, or the roles are out of order.
+        """
+        answer = self._chat_answer(messages, _settings(settings, changes))
+        for _ in self._run([answer]):
+            pass
+        return self._completion(answer)
+
+    def stream_chat(self, messages: Sequence[Message], settings: Settings | None = None, **changes: Any) -> Iterator[str]:
+        """Answers a conversation, yielding text as it is made."""
+        for _, piece in self._run([self._chat_answer(messages, _settings(settings, changes))], STREAM_PACE_SECONDS):
+            yield piece
+
+    def stream_infill(
+        self, text: str, settings: Settings | None = None, *, suffix_first: bool = False, **changes: Any
+    ) -> Iterator[str]:
+        """Fills the one <FILL_ME> of a text (Code Llama), yielding prefix, middle and suffix as they are known.
+
+        Args:
+            suffix_first: the SPM order of Code Llama's paper instead of PSM.
+
+        Raises:
+            LlamaError: the text has no or several <FILL_ME>, or the tokenizer no infilling tokens.
+        """
+        tokenizer = self._need_tokenizer()
+        prefix, suffix = infill.split_fill_me(text)
+        tokens = infill.encode_infill(tokenizer, prefix, suffix, suffix_first)
+        settings = dataclasses.replace(_settings(settings, changes), n=1, echo=False)
+        stops = (infill.infill_stop_id(tokenizer), *self._stop_ids(""))
+        (row,), _ = self._rows([tokens], settings, stops)
+        yield prefix
+        for _, piece in self._run([Answer(row, tokenizer, continued=True)], STREAM_PACE_SECONDS):
+            yield piece
+        yield suffix
+
+    def infill(self, text: str, settings: Settings | None = None, **options: Any) -> str:
+        """The whole text with its <FILL_ME> filled; options as in `stream_infill`."""
+        return "".join(self.stream_infill(text, settings, **options))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation up to where the answer begins."""
+        tokenizer = self._need_tokenizer()
+        return chat.encode_chat(tokenizer, messages, self.chat_format, tokenizer.chat_template)
+
+    def score(self, tokens: Sequence[int], num_top: int = 0) -> Output:
+        """How likely each token is after those before it.
+
+        Args:
+            tokens: T ids, at least 2, at most max_length.
+            num_top: alternatives to report, at most 20.
+
+        Returns:
+            Output of NumPy arrays for tokens[1:]: tokens, logprobs [T - 1], top_ids, top_logprobs [T - 1, num_top].
+        """
+        T = len(tokens)
+        if not 2 <= T <= self.max_length:
+            raise LlamaError(ExitCode.BAD_REQUEST, f"{T:,} tokens to score, expected 2 to max_length ({self.max_length:,})")
+        padded = np.zeros((1, bucket(T, self.max_length, MIN_PROMPT_BUCKET)), np.int32)
+        padded[0, :T] = self._check_ids(tokens)
+        output = programs.score(
+            self.config, self.params, padded, np.array([T], np.int32), num_top=MAX_TOP_LOGPROBS if num_top else 0
+        )
+        output = Output(*(np.asarray(part)[0, : T - 1] for part in output))
+        return output._replace(top_ids=output.top_ids[:, :num_top], top_logprobs=output.top_logprobs[:, :num_top])
+
+    def logits(self, tokens: Any) -> np.ndarray:
+        """Logits after every token: int [B, T] -> float32 [B, T, V]. T is at most max_length."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not 1 <= tokens.shape[1] <= self.max_length:
+            came = f"{tokens.dtype} {list(tokens.shape)}"
+            raise LlamaError(
+                ExitCode.BAD_REQUEST, f"tokens are {came}, expected integers [B, T] with T from 1 to {self.max_length:,}"
+            )
+        B, T = tokens.shape
+        padded = np.zeros((bucket(B, 2**20), bucket(T, self.max_length, MIN_PROMPT_BUCKET)), np.int32)
+        padded[:B, :T] = np.reshape(self._check_ids(tokens.reshape(-1)), (B, T))
+        lengths = np.full(len(padded), T, np.int32)
+        return np.asarray(programs.all_logits(self.config, self.params, padded, lengths)[:B, :T])
+
+    def _run(self, answers: Sequence[Answer], pace_seconds: float | None = None) -> Iterator[tuple[int, str]]:
+        """Generates a batch; yields (index, new text) for rows with news."""
+        halt = np.zeros(len(answers), bool)
+        for output in self.engine.run([answer.row for answer in answers], halt, pace_seconds):
+            for b, answer in enumerate(answers):
+                piece = "" if answer.finish_reason else answer.push(output, b)
+                halt[b] = bool(answer.finish_reason)
+                if piece:
+                    yield b, piece
+
+    def _chat_answer(self, messages: Sequence[Message], settings: Settings) -> Answer:
+        tokens = self.encode_chat(messages)
+        (row,), _ = self._rows([tokens], dataclasses.replace(settings, n=1, echo=False), self._stop_ids(self.chat_format))
+        return Answer(row, self.tokenizer, continued=False)
+
+    def _rows(
+        self, prompts: Sequence[Sequence[int]], settings: Settings, stop_ids: Sequence[int]
+    ) -> tuple[list[Row], list[bool]]:
+        """Rows, and whether each continues text (then a leading space of the answer is part of it)."""
+        if settings.stop:
+            self._need_tokenizer()
+        limits = dict(vocab_size=self.config.vocab_size, max_length=self.max_length)
+        rows = [make_row(p, settings, stop_ids, sample=i, **limits) for p in prompts for i in range(settings.n)]
+        special = self.tokenizer.special_ids if self.tokenizer else ()
+        return rows, [any(token not in special for token in row.tokens) for row in rows]
+
+    def _completion(self, answer: Answer) -> Completion:
+        row, echo = answer.row, answer.row.settings.echo
+        logprobs = None
+        if echo and row.settings.logprobs >= 0:
+            logprobs = self.score(row.tokens).logprobs.tolist() if len(row.tokens) > 1 else []
+        return answer.completion(self._prompt_text(row) if echo else "", logprobs)
+
+    def _prompt_text(self, row: Row) -> str:
+        return self.tokenizer.decode(row.tokens) if self.tokenizer else ""
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return self._check_ids(prompt)
+        tokenizer = self._need_tokenizer()
+        return tokenizer.encode(prompt, bos=tokenizer.adds_bos and tokenizer.bos_id is not None)
+
+    def _stop_ids(self, chat_format: str) -> tuple[int, ...]:
+        return chat.stop_ids(self.tokenizer, chat_format) if self.tokenizer else ()
+
+    def _check_ids(self, tokens: Sequence[int]) -> list[int]:
+        tokens = np.asarray(tokens)
+        if tokens.size and (
+            not np.issubdtype(tokens.dtype, np.integer) or tokens.min() < 0 or tokens.max() >= self.config.vocab_size
+        ):
+            came = f"{tokens.dtype} from {tokens.min()} to {tokens.max()}"
+            raise LlamaError(ExitCode.BAD_REQUEST, f"tokens are {came}, expected ids from 0 to {self.config.vocab_size - 1}")
+        return tokens.astype(int).tolist()
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise LlamaError(
+                ExitCode.BAD_TOKENIZER,
+                "this checkpoint has no tokenizer: pass its file (--config.tokenizer=FILE, or tokenizer= in Python), or give "
+                "token ids",
+            )
+        return self.tokenizer
+
+
+def _load_tokenizer(checkpoint: Checkpoint, given: str | Path | None) -> Tokenizer | None:
+    if not given and not checkpoint.tokenizer:
+        return None
+    tokenizer = load_tokenizer(given) if given else _stored_tokenizer(checkpoint)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise LlamaError(
+            ExitCode.VOCAB_MISMATCH,
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {checkpoint.config.vocab_size:,}: give its own",
+        )
+    return tokenizer
+
+
+def _stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's own, whose files may lie in a bucket."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in checkpoint.tokenizer:
+            (Path(scratch) / name).write_bytes((checkpoint.path / name).read_bytes())
+        return load_tokenizer(Path(scratch))
+
+
+def _settings(settings: Settings | None, changes: Mapping[str, Any]) -> Settings:
+    known = {field.name for field in dataclasses.fields(Settings)}
+    if unknown := sorted(changes.keys() - known):
+        raise LlamaError(ExitCode.BAD_REQUEST, f"no such setting: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return dataclasses.replace(settings or Settings(), **changes)
+
+
+def _check_prompts(prompts: Sequence[Prompt]) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"prompts are {prompts!r}, expected a list of texts or of lists of token ids")
+
+
+def _keep_compiled_programs() -> None:
+    """Turns on JAX's persistent compilation cache, unless the user has chosen a place or turned it off."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE_DIR))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

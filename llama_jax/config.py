@@ -385,3 +385,47 @@ def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
     return mscale(1.0)
+
+
+def to_huggingface(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a LlamaForCausalLM, in the key names that every release of transformers reads."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.embed_dim,
+        "initializer_range": 0.02,
+        "intermediate_size": config.mlp_dim,
+        "max_position_embeddings": config.rope_original_length if config.rope_type == "dynamic" else config.max_length,
+        "mlp_bias": False,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_scaling": _rope_to_huggingface(config),
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied_head,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _rope_to_huggingface(config: ModelConfig) -> dict[str, Any] | None:
+    if config.rope_type == "default":
+        return None
+    scaling: dict[str, Any] = {"rope_type": config.rope_type, "factor": config.rope_factor}
+    if config.rope_type in ("yarn", "llama3"):
+        scaling["original_max_position_embeddings"] = config.rope_original_length
+    if config.rope_type == "llama3":
+        scaling |= {"low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor}
+    if config.rope_type == "yarn":
+        scaling |= {
+            "attention_factor": config.rope_attention_factor,
+            "beta_fast": config.rope_beta_fast,
+            "beta_slow": config.rope_beta_slow,
+            "truncate": config.rope_truncate,
+        }
+    return scaling

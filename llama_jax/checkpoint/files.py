@@ -122,10 +122,6 @@ def is_size(value: Any, limit: int = 2**48) -> bool:
     return type(value) is int and 0 <= value <= limit
 
 
-def num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
 def as_mapping(value: Any, where: str, code: ExitCode) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         fail(code, f"{where} is {shown(value)}, expected an object")

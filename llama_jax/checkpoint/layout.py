@@ -124,10 +124,9 @@ def check_names(raw: Mapping[str, LazyArray], cfg: ModelConfig, family: int, whe
     Raises:
         LlamaError: MISSING_TENSOR or UNKNOWN_TENSOR, with the first few names.
     """
-    bound = max(len(raw) + 5, 20_000)  # a config may say 10^12 layers
-    expected = {theirs for _, theirs in itertools.islice(names(cfg, family), bound)}
-    missing = sorted(expected - raw.keys())
-    unknown = sorted(raw.keys() - expected - {LM_HEAD[family]})
+    table = (theirs for _, theirs in names(cfg, family))
+    missing = list(itertools.islice((name for name in table if name not in raw), 5))  # a config may say 10^12 layers
+    unknown = [name for name in raw if not _is_known(name, cfg, family)]
     if missing:
         instead = f"; it holds {_some(unknown)}, which no Llama has" if unknown else ""
         fail(
@@ -143,9 +142,20 @@ def check_names(raw: Mapping[str, LazyArray], cfg: ModelConfig, family: int, whe
         )
 
 
+def _is_known(name: str, cfg: ModelConfig, family: int) -> bool:
+    if name in (EMBEDDING[family], FINAL_NORM[family], LM_HEAD[family]):
+        return True
+    prefix, end = LAYER[family].split("{}")
+    number, _, leaf = name.removeprefix(prefix).partition(end)
+    if not number.isdecimal() or len(number) > 9 or int(number) >= cfg.num_layers:
+        return False
+    return any(
+        name == f"{prefix}{int(number)}{end}{theirs[family]}" for theirs in LAYER_NAMES.values() if theirs[family] == leaf
+    )
+
+
 def _some(found: Sequence[str]) -> str:
-    listed = ", ".join(shown(name) for name in found[:4])
-    return listed + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    return ", ".join(shown(name) for name in found[:4]) + (" and others" if len(found) > 4 else "")
 
 
 def check_dtype(name: str, array: LazyArray, where: Path) -> None:

@@ -211,4 +211,5 @@ def _dequantise(out: np.ndarray, values: np.ndarray, quantised: Quantised) -> No
         number = np.int64(part.ctypes.data - quantised.address)
         for axis, (size, stride) in enumerate(zip(part.shape, part.strides, strict=True)):
             number = number + (np.arange(size) * stride).reshape((-1,) + (1,) * (part.ndim - axis - 1))
-        np.multiply(part, quantised.scales[number // quantised.group], out=out[i : i + rows], dtype=np.float32)
+        with np.errstate(all="ignore"):  # a scale may be anything: who converts looks for weights that are not finite
+            np.multiply(part, quantised.scales[number // quantised.group], out=out[i : i + rows], dtype=np.float32)

@@ -1,0 +1,94 @@
+"""A checkpoint of ours -> files that Hugging Face's transformers loads unchanged.
+
+    python -m llama_jax.export --checkpoint checkpoints/llama-2-7b --output llama-2-7b-hf
+
+Writes safetensors (with an index when there are several), config.json, generation_config.json and the tokenizer. Our weights
+already have Hugging Face's orientation and RoPE convention, so that every tensor goes out byte for byte.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from llama_jax.checkpoint.huggingface_writer import SHARD_BYTES, write_huggingface
+from llama_jax.checkpoint.store import Checkpoint
+from llama_jax.config import to_huggingface
+from llama_jax.errors import ExitCode, LlamaError, run_command
+from llama_jax.text.chat import stop_ids
+from llama_jax.text.hf_export import write_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+
+def export(checkpoint: Checkpoint, output: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the Hugging Face folder; one tensor is in memory at a time.
+
+    Raises:
+        LlamaError: the output exists and is not empty. Whatever was begun is removed, on any error.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise LlamaError(ExitCode.OUTPUT_EXISTS, f"{output} exists and is not empty: give the name of a new or empty directory")
+    tokenizer = load_tokenizer(Path(checkpoint.path)) if checkpoint.tokenizer else None
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_weights(checkpoint, output, shard_bytes)
+        if tokenizer:
+            write_tokenizer(tokenizer, output, chat_format=checkpoint.chat_format, max_length=checkpoint.config.max_length)
+        _write_generation_config(checkpoint, tokenizer, output)
+        ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id) if tokenizer else {}
+        _write_json(output / "config.json", to_huggingface(checkpoint.config) | {"torch_dtype": checkpoint.dtype.name} | ids)
+    except BaseException:
+        shutil.rmtree(output)
+        raise
+
+
+def _write_weights(checkpoint: Checkpoint, output: Path, shard_bytes: int) -> None:
+    arrays, total = checkpoint.arrays(), checkpoint.config.num_params * checkpoint.dtype.itemsize
+    with tqdm(total=total, unit="B", unit_scale=True, desc="exporting", file=sys.stderr) as bar:
+
+        def read(name: str) -> np.ndarray:
+            array = arrays.read(name)
+            bar.update(array.nbytes)
+            return array
+
+        write_huggingface(output, checkpoint.config, checkpoint.dtype, read, shard_bytes)
+
+
+def _write_generation_config(checkpoint: Checkpoint, tokenizer: Tokenizer | None, output: Path) -> None:
+    """The source's own, when the checkpoint has it; otherwise ids, and Meta's sampling for chat models."""
+    own = checkpoint.path / "generation_config.json"
+    if own.exists():
+        (output / own.name).write_bytes(own.read_bytes())
+        return
+    config: dict[str, Any] = {"_from_model_config": True}
+    if tokenizer:
+        stops = list(stop_ids(tokenizer, checkpoint.chat_format))
+        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops}
+    if checkpoint.chat_format:
+        config |= {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    _write_json(output / "generation_config.json", config)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--output", required=True, help="directory to make")
+    args = parser.parse_args()
+    export(Checkpoint.open(args.checkpoint), args.output)
+    print(f"wrote {args.output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main)

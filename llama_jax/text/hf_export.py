@@ -5,7 +5,6 @@ does the same holds, for each piece from the first to be formed to the last, eve
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.text.base import Tokenizer
 from llama_jax.text.chat import CHAT_TEMPLATES
 from llama_jax.text.ranks import NAMED_HF, SPLIT_PATTERN, RankTokenizer, special_names
+from llama_jax.text.settings import as_path
 from llama_jax.text.spm import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, SentencePieceTokenizer
 
 Piece = TypeVar("Piece", str, bytes)
@@ -24,7 +24,8 @@ def write_tokenizer(
 ) -> list[Path]:
     """Writes the tokenizer's files into output_dir and returns their paths.
 
-    A tokenizer that came with a tokenizer.json goes out as it came, byte for byte. For Meta's two kinds the tokenizer.json and
+    A tokenizer that came with a tokenizer.json goes out as it came, byte for byte and with every file that was read
+    (generation_config.json among them); the arguments below then change nothing. For Meta's two kinds the tokenizer.json and
     the configurations are made here; Llama 2's tokenizer.model goes along.
 
     Args:
@@ -32,10 +33,12 @@ def write_tokenizer(
         template: a Jinja chat template, instead.
         max_length: context of the model in tokens, model_max_length of the configuration.
     """
-    output = Path(output_dir)
+    output = as_path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if any(path.name == "tokenizer.json" for path in tokenizer.files()):
-        return [Path(shutil.copyfile(path, output / path.name)) for path in tokenizer.files()]
+        for path in tokenizer.files():
+            (output / path.name).write_bytes(path.read_bytes())
+        return [output / path.name for path in tokenizer.files()]
     if isinstance(tokenizer, SentencePieceTokenizer):
         spec, written = _sentencepiece_spec(tokenizer), [output / "tokenizer.model"]
         written[0].write_bytes(tokenizer.source_proto)

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.text.settings import as_path
 from llama_jax.text.spm import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN
 
 
@@ -62,4 +63,4 @@ def _bad(what: str) -> LlamaError:
 
 def convert_llama2c_tokenizer(path: str | Path, output: str | Path) -> None:
     """Writes the tokenizer.model that a llama2.c tokenizer.bin was made from."""
-    Path(output).write_bytes(llama2c_to_proto(Path(path).read_bytes()))
+    as_path(output).write_bytes(llama2c_to_proto(as_path(path).read_bytes()))

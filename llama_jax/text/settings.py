@@ -33,6 +33,15 @@ class Settings:
     files: tuple[Path, ...] = ()
 
 
+def as_path(path: str | Path) -> Path:
+    """A path on disk, or on a bucket when the text says so (gs://...)."""
+    if isinstance(path, str) and "://" in path:
+        from etils import epath
+
+        return epath.Path(path)
+    return Path(path) if isinstance(path, str) else path
+
+
 def read_settings(tokenizer_file: Path) -> Settings:
     """Settings from the folder that holds the tokenizer's file."""
     folder = tokenizer_file.parent
@@ -76,7 +85,8 @@ def components(node: Any) -> Iterator[dict[str, Any]]:
     if isinstance(node, dict) and isinstance(node.get("type"), str):
         yield node
         for key in ("normalizers", "pretokenizers", "decoders"):
-            for child in node.get(key) or ():
+            children = node.get(key)
+            for child in children if isinstance(children, list) else ():
                 yield from components(child)
 
 

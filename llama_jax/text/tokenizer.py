@@ -6,7 +6,7 @@ from pathlib import Path
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.text.base import StreamDecoder, Tokenizer
 from llama_jax.text.llama2c import convert_llama2c_tokenizer, llama2c_to_proto
-from llama_jax.text.settings import Settings, components, read_json, read_settings
+from llama_jax.text.settings import Settings, as_path, components, read_json, read_settings
 
 __all__ = ["StreamDecoder", "Tokenizer", "convert_llama2c_tokenizer", "load_tokenizer"]
 
@@ -21,7 +21,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Where a folder has both tokenizer.model and tokenizer.json, Meta's tokenizer.model is the truth, unless the JSON files add
     tokens beyond it. Meta keeps the tokenizer beside the folders of the models, so there we look one folder up as well.
     """
-    path = Path(path) if isinstance(path, str) else path
+    path = as_path(path)
     if not path.exists():
         raise LlamaError(ExitCode.BAD_TOKENIZER, f"no tokenizer at {path}: there is no such file or folder")
     return _load_file(_choose_file(path) if path.is_dir() else path)
@@ -46,21 +46,24 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 def _adds_tokens(model: Path, json_file: Path) -> bool:
     size = _load_file(model, alone=True).vocab_size
     spec = read_json(json_file)
-    ids = [t.get("id", 0) for t in spec.get("added_tokens") or [] if isinstance(t, dict)]
-    vocab = (spec.get("model") or {}).get("vocab")
-    ids += list(vocab.values()) if isinstance(vocab, dict) else []
-    return max([*ids, *read_settings(json_file).added.values()], default=0) >= size
+    added, model_spec = spec.get("added_tokens"), spec.get("model")
+    vocab = model_spec.get("vocab") if isinstance(model_spec, dict) else None
+    ids = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    ids += [*(vocab.values() if isinstance(vocab, dict) else ()), *read_settings(json_file).added.values()]
+    return any(isinstance(i, int) and i >= size for i in ids)
 
 
 def _load_file(path: Path, alone: bool = False) -> Tokenizer:
     """The tokenizer in one file; alone: without what the files beside it say."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise LlamaError(ExitCode.BAD_TOKENIZER, f"{path} has {size:,} bytes: no tokenizer is so large, are these weights?")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as e:
         raise LlamaError(ExitCode.BAD_TOKENIZER, f"cannot read the tokenizer {path}: {e.strerror}") from e
+    if len(data) > MAX_BYTES:
+        raise LlamaError(
+            ExitCode.BAD_TOKENIZER, f"{path} is larger than any tokenizer ({MAX_BYTES:,} bytes): are these weights?"
+        )
     settings = Settings(files=(path,)) if alone else read_settings(path)
     try:
         return _from_bytes(data, settings, alone)

@@ -91,6 +91,12 @@ def grow(state: DecodeState, *, cache_length: int) -> DecodeState:
     return dataclasses.replace(state, cache=grow_cache(state.cache, cache_length))
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def insert(state: DecodeState, slot: Array, row: DecodeState) -> DecodeState:
+    """Puts a sequence that was prefilled alone (B = 1, the same cache length) into a row of a batch, in place."""
+    return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one[0], slot, 0), state, row)
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "num_top"))
 def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *, num_top: int) -> Output:
     """How likely each token is after those before it: [B, T] -> Output of [B, T - 1] for tokens[:, 1:].

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llama_jax.checkpoint.huggingface_writer import SHARD_BYTES, write_huggingface
 from llama_jax.checkpoint.store import Checkpoint
-from llama_jax.config import to_huggingface
+from llama_jax.config_files import to_huggingface
 from llama_jax.errors import ExitCode, LlamaError, run_command
 from llama_jax.text.chat import stop_ids
 from llama_jax.text.hf_export import write_tokenizer

@@ -9,7 +9,7 @@ from llama_jax.checkpoint.layout import HUGGING_FACE, Source, assemble, check_na
 from llama_jax.checkpoint.lazy import LazyArray
 from llama_jax.checkpoint.safetensors_file import open_safetensors
 from llama_jax.checkpoint.torch_zip import open_torch
-from llama_jax.config import from_huggingface
+from llama_jax.config_files import from_huggingface
 from llama_jax.errors import ExitCode
 
 FORMATS = (("model", ".safetensors", open_safetensors), ("pytorch_model", ".bin", open_torch))

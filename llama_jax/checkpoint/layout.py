@@ -12,7 +12,7 @@ import numpy as np
 
 from llama_jax.checkpoint.files import fail, refuse_pointer, shown
 from llama_jax.checkpoint.lazy import LazyArray, equal
-from llama_jax.config import SIZES, ModelConfig
+from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 
 # our name, in the order of a Source -> (Meta's and llama2.c's name, Hugging Face's name)
@@ -34,7 +34,6 @@ LM_HEAD = ("output.weight", "lm_head.weight")
 LAYER = ("layers.{}.", "model.layers.{}.")
 
 FLOATS = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64))
-MAX_SIZE = 2**40  # of any field of a config: keeps products and messages short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,17 +104,11 @@ def leaf_of(name: str) -> str:
 def configured(
     read: Callable[..., tuple[ModelConfig, list[str]]], values: Mapping[str, Any], where: Path, **more: Any
 ) -> tuple[ModelConfig, list[str]]:
-    """Calls from_meta or from_huggingface; whatever a strange file makes it raise is a BAD_CONFIG that names the file."""
+    """Calls from_meta or from_huggingface; what they refuse names the file."""
     try:
-        config, notes = read(values, **more)
+        return read(values, **more)
     except LlamaError as e:
         raise LlamaError(e.code, f"{where.parent if where.name in str(e) else where}: {e}") from e
-    except (TypeError, ValueError, OverflowError, AttributeError, ArithmeticError) as e:
-        raise LlamaError(ExitCode.BAD_CONFIG, f"{where} has a value of the wrong kind ({str(e)[:200]}): correct it") from e
-    large = [name for name in SIZES if getattr(config, name) > MAX_SIZE]
-    if large:
-        fail(ExitCode.BAD_CONFIG, f"{where}: {large[0]} is above {MAX_SIZE}: is this the right file?")
-    return config, notes
 
 
 def check_names(raw: Mapping[str, LazyArray], cfg: ModelConfig, family: int, where: Path) -> None:

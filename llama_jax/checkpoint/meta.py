@@ -25,7 +25,8 @@ from llama_jax.checkpoint.layout import (
 )
 from llama_jax.checkpoint.lazy import LazyArray, concatenate, equal
 from llama_jax.checkpoint.torch_zip import open_torch
-from llama_jax.config import ModelConfig, from_meta
+from llama_jax.config import ModelConfig
+from llama_jax.config_files import from_meta
 from llama_jax.errors import ExitCode
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")

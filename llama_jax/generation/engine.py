@@ -52,13 +52,14 @@ class Engine:
         # The last token chosen is never fed back, so the cache holds one less than prompt and answer.
         prompts = np.array([len(row.tokens) for row in rows])
         limits = prompts + np.array([row.settings.max_new_tokens for row in rows]) - 1
-        steps, made = int((limits - prompts).max()), 0
+        steps, made, read = int((limits - prompts).max()), 0, 0
         ended = np.zeros(len(rows), bool)
         waiting = collections.deque([(output, 1)])
         chunk, last_read = programs.CHUNK if pace_seconds is None else 1, None
-        while waiting or made < steps:
-            first_for_reader = pace_seconds is not None and last_read is None  # shown before the next program is made
-            if made < steps and not (ended | halt).all() and not first_for_reader:
+        while not (ended | halt).all():
+            # The device works on the next chunk while this one is read; but a reader sees the first token at once.
+            ahead = 1 if pace_seconds is not None and last_read is None else 2
+            while made < steps and len(waiting) < ahead:
                 n = min(chunk, steps - made)
                 made += n
                 state = self._with_room(state, int(np.minimum(prompts + made, limits).max()))
@@ -68,16 +69,14 @@ class Engine:
                 waiting.append((output, n))
             output, n = waiting.popleft()
             output = Output(*(np.asarray(part)[: len(rows), :n] for part in output))
-            now = time.monotonic()
+            now, read = time.monotonic(), read + n
             if pace_seconds is not None and last_read is not None:
                 chunk = int(np.clip(pace_seconds * n / max(now - last_read, 1e-6), 1, programs.CHUNK))
             last_read = now
             for b, row in enumerate(rows):
                 last = output.tokens[b, -1]
-                ended[b] |= last < 0 or last in row.stop_ids
+                ended[b] |= last < 0 or last in row.stop_ids or read >= row.settings.max_new_tokens
             yield output
-            if (ended | halt).all():
-                return
 
     def warm_up(self, batch_size: int = 1, *, logprobs: bool = False, history: bool = False) -> None:
         """Compiles every program that requests up to this batch size can need; nothing is compiled after.

@@ -120,12 +120,14 @@ class Llama:
         self.batch_size = batch_size
         self.engine = Engine(config, params, self.max_length)
 
-    def generate(self, prompts: Sequence[Prompt], settings: Settings | None = None, **changes: Any) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings] | None = None, **changes: Any
+    ) -> list[Completion]:
         """Continues prompts.
 
         Args:
             prompts: texts, or token ids (which are taken as they are, with no beginning-of-sequence put before them).
-            settings: for all prompts.
+            settings: for all prompts, or one for each.
             **changes: fields of Settings to set, e.g. `temperature=0, max_new_tokens=100`.
 
         Returns:
@@ -134,12 +136,8 @@ class Llama:
         Raises:
             LlamaError: a setting or prompt cannot be honoured; before any work is done.
         """
-        _check_prompts(prompts)
-        rows, starts = self._rows(
-            [self._encode(prompt) for prompt in prompts], _settings(settings, changes), self._stop_ids("")
-        )
-        answers = [Answer(row, self.tokenizer, continued=start) for row, start in zip(rows, starts, strict=True)]
-        for first in range(0, len(rows), self.batch_size):
+        answers = self._answers(prompts, settings, changes)
+        for first in range(0, len(answers), self.batch_size):
             for _ in self._run(answers[first : first + self.batch_size]):
                 pass
         return [self._completion(answer) for answer in answers]
@@ -151,17 +149,16 @@ class Llama:
             yield piece
 
     def stream_all(
-        self, prompts: Sequence[Prompt], settings: Settings | None = None, **changes: Any
+        self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings] | None = None, **changes: Any
     ) -> Iterator[tuple[int, str]]:
         """Continues prompts together, yielding (index, text) as text is made; indices as in the list `generate` returns."""
-        _check_prompts(prompts)
-        settings = _settings(settings, changes)
-        rows, starts = self._rows([self._encode(prompt) for prompt in prompts], settings, self._stop_ids(""))
-        answers = [Answer(row, self._need_tokenizer(), continued=start) for row, start in zip(rows, starts, strict=True)]
-        for first in range(0, len(rows), self.batch_size):
+        self._need_tokenizer()
+        answers = self._answers(prompts, settings, changes)
+        for first in range(0, len(answers), self.batch_size):
             batch = answers[first : first + self.batch_size]
-            if settings.echo:
-                yield from ((first + b, self._prompt_text(answer.row)) for b, answer in enumerate(batch))
+            for b, answer in enumerate(batch):
+                if answer.row.settings.echo:
+                    yield first + b, self._prompt_text(answer.row)
             for b, piece in self._run(batch, STREAM_PACE_SECONDS):
                 yield first + b, piece
 
@@ -197,9 +194,9 @@ class Llama:
         tokens = infill.encode_infill(tokenizer, prefix, suffix, suffix_first)
         settings = dataclasses.replace(_settings(settings, changes), n=1, echo=False)
         stops = (infill.infill_stop_id(tokenizer), *self._stop_ids(""))
-        (row,), _ = self._rows([tokens], settings, stops)
+        answer = self._answer(tokens, settings, stops, continued=True)
         yield prefix
-        for _, piece in self._run([Answer(row, tokenizer, continued=True)], STREAM_PACE_SECONDS):
+        for _, piece in self._run([answer], STREAM_PACE_SECONDS):
             yield piece
         yield suffix
 
@@ -258,20 +255,34 @@ class Llama:
                     yield b, piece
 
     def _chat_answer(self, messages: Sequence[Message], settings: Settings) -> Answer:
-        tokens = self.encode_chat(messages)
-        (row,), _ = self._rows([tokens], dataclasses.replace(settings, n=1, echo=False), self._stop_ids(self.chat_format))
-        return Answer(row, self.tokenizer, continued=False)
+        settings = dataclasses.replace(settings, n=1, echo=False)
+        return self._answer(self.encode_chat(messages), settings, self._stop_ids(self.chat_format), continued=False)
 
-    def _rows(
-        self, prompts: Sequence[Sequence[int]], settings: Settings, stop_ids: Sequence[int]
-    ) -> tuple[list[Row], list[bool]]:
-        """Rows, and whether each continues text (then a leading space of the answer is part of it)."""
+    def _answers(
+        self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings] | None, changes: Mapping[str, Any]
+    ) -> list[Answer]:
+        """Checked and ready to run: settings.n for each prompt."""
+        _check_prompts(prompts)
+        each = [settings] * len(prompts) if settings is None or isinstance(settings, Settings) else settings
+        if len(each) != len(prompts):
+            raise LlamaError(
+                ExitCode.BAD_REQUEST, f"{len(each)} settings for {len(prompts)} prompts: give one for all or one each"
+            )
+        stops, special = self._stop_ids(""), self.tokenizer.special_ids if self.tokenizer else ()
+        answers = []
+        for prompt, own in zip(prompts, each, strict=True):
+            own, tokens = _settings(own, changes), self._encode(prompt)
+            continued = any(token not in special for token in tokens)  # then a leading space belongs to the answer
+            answers += [self._answer(tokens, own, stops, continued=continued, sample=i) for i in range(own.n)]
+        return answers
+
+    def _answer(
+        self, tokens: Sequence[int], settings: Settings, stop_ids: Sequence[int], *, continued: bool, sample: int = 0
+    ) -> Answer:
         if settings.stop:
             self._need_tokenizer()
-        limits = dict(vocab_size=self.config.vocab_size, max_length=self.max_length)
-        rows = [make_row(p, settings, stop_ids, sample=i, **limits) for p in prompts for i in range(settings.n)]
-        special = self.tokenizer.special_ids if self.tokenizer else ()
-        return rows, [any(token not in special for token in row.tokens) for row in rows]
+        row = make_row(tokens, settings, stop_ids, vocab_size=self.config.vocab_size, max_length=self.max_length, sample=sample)
+        return Answer(row, self.tokenizer, continued=continued)
 
     def _completion(self, answer: Answer) -> Completion:
         row, echo = answer.row, answer.row.settings.echo

@@ -1,0 +1,23 @@
+"""What every test runs under: matrix products in full float32, examples of hypothesis that are the same on every run."""
+
+import pathlib
+
+import hypothesis
+import jax
+import pytest
+
+# A TPU multiplies float32 in bfloat16 unless told otherwise (jax-ml/jax#1856): parity at 1e-5 would be lost.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+hypothesis.settings.register_profile("llama_jax", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("llama_jax")
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of real tokenizers and checkpoints beside the repository; it is not part of it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there: it holds the tokenizers and checkpoints that this test reads")
+    return SHARED

@@ -1,0 +1,115 @@
+"""Attention against the reference, and against its own other forms."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_jax.ops.attention import attend
+from llama_jax.reference.llama import attention as reference
+
+compiled = jax.jit(attend)
+HEADS = {"grouped": (6, 2), "one per head": (4, 4), "one for all": (4, 1)}  # N, K
+
+
+def draw(seed: int, B: int, T: int, N: int, K: int, H: int = 10, dtype=np.float32):
+    """q [B, T, N, H] and k, v [B, T, K, H], as the reference takes them; scores of about 2."""
+    rng = np.random.default_rng(seed)
+    return tuple((scale * rng.normal(size=(B, T, heads, H))).astype(dtype) for heads, scale in ((N, 1.5), (K, 1.5), (K, 1)))
+
+
+def causal(B: int, T: int) -> np.ndarray:
+    return np.broadcast_to(np.tri(T, dtype=bool), (B, T, T))
+
+
+def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.stack([reference(*row) for row in zip(*(a.astype(np.float64) for a in (q, k, v)), strict=True)])
+
+
+def ours(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, compute=compiled) -> np.ndarray:
+    return np.asarray(compute(*(jnp.asarray(a) for a in (q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask))))
+
+
+@given(st.integers(0, 2**32), st.sampled_from(list(HEADS)))
+def test_causal_attention_is_the_reference(seed, heads):
+    q, k, v = draw(seed, 2, 7, *HEADS[heads])
+    np.testing.assert_allclose(ours(q, k, v, causal(2, 7)), expected(q, k, v), rtol=0, atol=1e-5)
+
+
+@given(st.integers(0, 2**32), st.sampled_from(list(HEADS)), st.lists(st.integers(0, 9), min_size=2, max_size=2))
+def test_queries_of_a_cache_see_their_own_past_only(seed, heads, starts):
+    """The last T = 3 tokens of each row as queries over S = 16 slots, of which the rest holds leftovers of another sequence."""
+    q, k, v = draw(seed, 2, 16, *HEADS[heads])
+    positions = np.asarray(starts)[:, None] + np.arange(3)
+    k, v = k.copy(), v.copy()
+    for b, start in enumerate(starts):
+        k[b, start + 3 :], v[b, start + 3 :] = 50.0, 1e6
+    queries = np.take_along_axis(q, positions[:, :, None, None], axis=1)
+    out = ours(queries, k, v, np.arange(16) <= positions[:, :, None])
+    wanted = np.take_along_axis(expected(q, k, v), positions[:, :, None, None], axis=1)
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-5)
+
+
+def test_query_heads_share_keys_in_consecutive_groups():
+    q, k, v = draw(1, 1, 5, 6, 2)
+    shared = [0, 0, 0, 1, 1, 1]
+    whole = ours(q, k[:, :, shared], v[:, :, shared], causal(1, 5))
+    np.testing.assert_allclose(ours(q, k, v, causal(1, 5)), whole, rtol=0, atol=1e-6)
+
+
+def test_a_row_that_may_look_nowhere_is_finite_and_the_others_do_not_notice():
+    q, k, v = draw(2, 2, 5, 6, 2)
+    mask = causal(2, 5).copy()
+    mask[0, 2] = False
+    out, whole = ours(q, k, v, mask), ours(q, k, v, causal(2, 5))
+    np.testing.assert_allclose(out[0, 2], v[0].mean(axis=0).repeat(3, axis=0), rtol=0, atol=1e-6)
+    others = np.arange(10).reshape(2, 5) != 2
+    np.testing.assert_array_equal(out[others], whole[others])
+
+
+def test_the_gradient_of_a_row_that_may_look_nowhere_is_finite():
+    q, k, v = (jnp.asarray(a) for a in draw(3, 1, 4, 2, 1))
+    mask = jnp.zeros((1, 4, 4), bool)
+    grad = jax.jit(jax.grad(lambda *a: attend(*a, mask).sum(), argnums=(0, 1, 2)))
+    grads = grad(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
+    assert all(np.isfinite(grad).all() for grad in grads)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = draw(4, 1, 4, 2, 1)
+    assert np.isfinite(ours(1e4 * q, 1e4 * k, v, causal(1, 4))).all()
+
+
+def check_bfloat16(B: int, T: int, G: int, compute) -> None:
+    q, k, v = draw(5, B, T, 2 * G, 2, dtype=ml_dtypes.bfloat16)
+    out = ours(q, k, v, causal(B, T), compute)
+    assert out.dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(out.astype(np.float32), expected(q, k, v), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("precision", ["highest", "default"])  # the tests' own, and what users run
+@pytest.mark.parametrize("B, T, G", list(itertools.product((1, 2), repeat=3)))
+def test_bfloat16_runs_and_is_close_at_every_small_shape(B, T, G, precision):
+    """XLA:CPU lacks bfloat16 kernels for some layouts of small products, and says so only when it runs them."""
+    with jax.default_matmul_precision(precision):
+        check_bfloat16(B, T, G, jax.jit(attend))
+
+
+@pytest.mark.parametrize("B, T, G", [(1, 1, 2), (2, 2, 2)])
+def test_bfloat16_runs_op_by_op(B, T, G):
+    with jax.default_matmul_precision("default"):
+        check_bfloat16(B, T, G, attend)
+
+
+def test_scores_of_bfloat16_are_float32():
+    """Two keys whose scores, 64 and 64.25, are one number in bfloat16."""
+    q = jnp.full((1, 1, 1, 4), 8.0, jnp.bfloat16)
+    k = jnp.asarray([[[[4.0, 4.0, 4.0, 4.0], [4.0, 4.0, 4.0, 4.0625]]]], jnp.bfloat16)
+    v = jnp.asarray([[[[0.0] * 4, [1.0] * 4]]], jnp.bfloat16)
+    weight = 1 / (1 + np.exp(-0.25))
+    np.testing.assert_allclose(compiled(q, k, v, jnp.ones((1, 1, 2), bool)).astype(jnp.float32), weight, rtol=0, atol=0.003)

@@ -7,14 +7,17 @@ The kind of source is recognised by its content. One tensor is in memory at a ti
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,9 @@ from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.errors import ExitCode, LlamaError, run_command
 from llama_jax.text.chat import FORMATS, chat_format_of
-from llama_jax.text.tokenizer import Tokenizer, convert_llama2c_tokenizer, load_tokenizer
+from llama_jax.text.hf import HuggingFaceTokenizer
+from llama_jax.text.spm import SentencePieceTokenizer
+from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
 
 PADDED_ROWS = 1024  # rows an embedding may have beyond its tokenizer: Hugging Face models are padded for speed
 
@@ -72,29 +77,25 @@ def convert(
         total = sum(leaf.nbytes for leaf in leaves.values())
         start = time.monotonic()
         with (
-            concurrent.futures.ThreadPoolExecutor(1) as pool,
+            _hashing(opened.files) as hashes,
             tqdm(total=total, unit="B", unit_scale=True, desc="converting", file=sys.stderr) as bar,
         ):
-            hashes = pool.submit(_hash_files, opened.files)
             checkpoint = Checkpoint(
                 path=epath.Path(output),
                 config=opened.config,
                 dtype=target,
                 chat_format=chat_format,
-                tokenizer=tuple(file.name for file in files),
-                source={},
+                tokenizer=tuple(file.name for file in files) if text else (),
+                source={"kind": opened.kind, "path": str(Path(source).absolute())},
                 command=command,
             )
-
-            def described(checkpoint: Checkpoint) -> Checkpoint:
-                files = hashes.result()
-                return dataclasses.replace(
-                    checkpoint, source={"kind": opened.kind, "path": str(Path(source).absolute()), "files": files}
-                )
-
-            written = lambda name, nbytes: bar.update(nbytes)  # noqa: E731
             checkpoint = save_checkpoint(
-                checkpoint, leaves, tokenizer_files=files, overwrite=overwrite, written=written, finish=described
+                checkpoint,
+                leaves,
+                tokenizer_files=files,
+                overwrite=overwrite,
+                written=lambda name, nbytes: bar.update(nbytes),
+                finish=lambda written: dataclasses.replace(written, source={**written.source, "files": hashes.result()}),
             )
     seconds = time.monotonic() - start
     print(
@@ -105,15 +106,19 @@ def convert(
     return checkpoint
 
 
-def _tokenizer(source: Source, given: str | Path | None, scratch: Path) -> tuple[Tokenizer | None, Sequence[Path]]:
-    """The source's tokenizer, checked against the embedding, and the files to copy."""
-    if given is None and not source.tokenizer:
+def _tokenizer(source: Source, given: str | Path | None, scratch: Path) -> tuple[Tokenizer | None, list[Path]]:
+    """The source's tokenizer, checked against the embedding, and the files that describe its text.
+
+    The tokenizer itself is among them as tokenizer.model or tokenizer.json, whatever its file was called.
+    """
+    side = [file for file in source.tokenizer if file.name not in FILE_NAMES]  # generation_config.json and the like
+    if given is None and len(side) == len(source.tokenizer):
         print(
             "warning: no tokenizer beside the weights: the checkpoint will have none, and programs will need one "
             "(--tokenizer FILE here, or --config.tokenizer=FILE there)",
             file=sys.stderr,
         )
-        return None, ()
+        return None, side
     path = Path(given) if given is not None else source.tokenizer[0].parent
     tokenizer = load_tokenizer(path)
     rows, tokens = source.config.vocab_size, tokenizer.vocab_size
@@ -125,13 +130,15 @@ def _tokenizer(source: Source, given: str | Path | None, scratch: Path) -> tuple
         )
     if rows != tokens:
         print(f"the embedding has {rows - tokens} rows more than the tokenizer has tokens (padding)", file=sys.stderr)
-    files = list(tokenizer.files())
-    if given is None:  # what else describes the text: generation_config.json and the like
-        files += [file for file in source.tokenizer if file.name not in {f.name for f in files}]
-    if any(file.name == "tokenizer.bin" for file in files):
-        convert_llama2c_tokenizer(files[0], scratch / "tokenizer.model")
-        files = [scratch / "tokenizer.model"]
-    return tokenizer, files
+    main, *beside = tokenizer.files()
+    if isinstance(tokenizer, SentencePieceTokenizer):  # llama2.c's tokenizer.bin has become one, too
+        main = scratch / "tokenizer.model"
+        main.write_bytes(tokenizer.source_proto)
+    else:
+        name = "tokenizer.json" if isinstance(tokenizer, HuggingFaceTokenizer) else "tokenizer.model"
+        main = Path(shutil.copyfile(main, scratch / name))
+    files = {file.name: file for file in (*(side if given is None else ()), *beside, main)}
+    return tokenizer, list(files.values())
 
 
 def _report(source: Source, tokenizer: Tokenizer | None) -> None:
@@ -183,13 +190,26 @@ def _is_finite(values: np.ndarray, step: int = 2**22) -> bool:
     return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
 
 
-def _hash_files(files: Sequence[Path]) -> list[dict[str, str | int]]:
-    hashed = []
-    for file in files:
+@contextlib.contextmanager
+def _hashing(files: Sequence[Path]) -> Iterator[concurrent.futures.Future]:
+    """sha256 of the files, computed in a thread of its own; given up when the block is left with an error."""
+    given_up = threading.Event()
+
+    def digest(file: Path) -> str:
+        sha256 = hashlib.sha256()
         with open(file, "rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        hashed.append({"name": file.name, "bytes": file.stat().st_size, "sha256": digest})
-    return hashed
+            while not given_up.is_set() and (block := opened.read(2**24)):
+                sha256.update(block)
+        return sha256.hexdigest()
+
+    def describe() -> list[dict[str, str | int]]:
+        return [{"name": file.name, "bytes": file.stat().st_size, "sha256": digest(file)} for file in files]
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(describe)
+        finally:
+            given_up.set()
 
 
 def main() -> None:

@@ -170,7 +170,9 @@ def _layer_faults(
 ) -> Iterator[str]:
     for name, (_, ours) in LAYER.items():
         heads = {"wq": cfg.num_heads, "wk": cfg.num_kv_heads}.get(name)
-        yield from _weight_faults(f"layers.{i}.{ours}", layer[ours], expected[name], heads)
+        for fault in _weight_faults(f"layers.{i}.{ours}", layer[ours], expected[name], heads):
+            twin = next((other for other, weight in expected.items() if np.array_equal(layer[ours], weight)), None)
+            yield f"layers.{i}.{ours} is not the source's (likely cause: swapped, it is {LAYER[twin][1]})" if twin else fault
 
 
 def _head_faults(cfg: ModelConfig, ours: np.ndarray, expected: np.ndarray) -> Iterator[str]:

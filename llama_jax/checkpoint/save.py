@@ -5,6 +5,7 @@ that know shape and dtype and are read when their turn comes, and the chunk shap
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -49,29 +50,43 @@ class Leaf:
 
 
 class LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Writes one leaf at a time, in our chunks."""
+    """Writes one leaf at a time, in our chunks.
+
+    Attributes:
+        failure: the first error; the leaves after it are skipped. Orbax is never left with an error of ours in one of its
+            tasks: the others would go on writing while the directory is being removed.
+    """
 
     def __init__(self, axes: Mapping[str, tuple[str, ...]], written: Callable[[str, int], None]):
         super().__init__(deepcopy_host_arrays=False)
+        self.failure: BaseException | None = None
         self._axes = axes
         self._written = written
         self._turn = asyncio.Semaphore(1)
 
     async def _open_and_write(self, value: Leaf, tspec: dict[str, Any], ts_context: Any) -> None:
+        async with self._turn:
+            if self.failure is not None:
+                return
+            try:
+                await self._write_leaf(value, tspec, ts_context)
+            except BaseException as error:
+                self.failure = error
+
+    async def _write_leaf(self, value: Leaf, tspec: dict[str, Any], ts_context: Any) -> None:
         import tensorstore as ts
 
         name = tspec["kvstore"]["path"].strip("/")
-        async with self._turn:
-            chunks = chunk_shape(value.shape, self._axes[name], value.dtype.itemsize)
-            tspec["metadata"] = {
-                "shape": list(value.shape),
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
-                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-            }
-            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            array = await asyncio.to_thread(value.read)
-            await store.write(array, can_reference_source_data_indefinitely=True)
-            self._written(name, value.nbytes)
+        chunks = chunk_shape(value.shape, self._axes[name], value.dtype.itemsize)
+        tspec["metadata"] = {
+            "shape": list(value.shape),
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        }
+        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        array = await asyncio.to_thread(value.read)
+        await store.write(array, can_reference_source_data_indefinitely=True)
+        self._written(name, value.nbytes)
 
 
 def save_checkpoint(
@@ -96,21 +111,30 @@ def save_checkpoint(
     Raises:
         LlamaError: the output exists, or the disk is full. Whatever was begun is removed, on any error.
     """
-    with _output(checkpoint.path, sum(leaf.nbytes for leaf in leaves.values()), overwrite) as folder:
-        axes = _flat_axes(checkpoint)
-        registry = ocp.type_handlers.create_type_handler_registry(
-            (Leaf, LeafHandler(axes, written)), (jax.Array, ocp.type_handlers.ArrayHandler())
-        )
-        handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False, type_handler_registry=registry)
-        with ocp.Checkpointer(handler) as checkpointer:
-            args = ocp.args.PyTreeSave(to_tree(leaves), ocdbt_target_data_file_size=64 * 2**20)
-            checkpointer.save(folder / "params", args=args)
+    folder = checkpoint.path if "://" in str(checkpoint.path) else checkpoint.path.absolute()
+    with _output(folder, sum(leaf.nbytes for leaf in leaves.values()), overwrite):
+        _write_arrays(folder / "params", leaves, LeafHandler(_flat_axes(checkpoint), written))
         for file in tokenizer_files:
             (folder / file.name).write_bytes(file.read_bytes())
         checkpoint = finish(checkpoint)
         (folder / MANIFEST).write_text(json.dumps(checkpoint.manifest(), indent=1) + "\n")
         (folder / UNFINISHED).unlink()
     return checkpoint
+
+
+def _write_arrays(folder: epath.Path, leaves: Mapping[str, Leaf], handler: LeafHandler) -> None:
+    """Returns, or raises, when nothing is being written any more; Ctrl-C ends it after the leaf under way."""
+    registry = ocp.type_handlers.create_type_handler_registry((Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler()))
+    tree = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False, type_handler_registry=registry)
+    args = ocp.args.PyTreeSave(to_tree(leaves), ocdbt_target_data_file_size=64 * 2**20)
+    with ocp.Checkpointer(tree) as checkpointer, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(checkpointer.save, folder, args=args)
+        try:
+            saving.result()
+        except BaseException as error:
+            handler.failure = handler.failure or error
+    if handler.failure is not None:
+        raise handler.failure
 
 
 def _flat_axes(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
@@ -120,10 +144,10 @@ def _flat_axes(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
 
 
 @contextlib.contextmanager
-def _output(folder: epath.Path, nbytes: int, overwrite: bool) -> Iterator[epath.Path]:
+def _output(folder: epath.Path, nbytes: int, overwrite: bool) -> Iterator[None]:
     """An empty directory to write into, removed again if writing fails; an old checkpoint comes back then."""
     old = folder.parent / (folder.name + REPLACED)
-    if old.exists() and not (folder / MANIFEST).exists():  # an overwriting run was killed: the old checkpoint is still whole
+    if (old / MANIFEST).exists() and not (folder / MANIFEST).exists():  # a killed run was overwriting: the old one is whole
         _remove(folder)
         old.rename(folder)
     if (folder / MANIFEST).exists():
@@ -144,7 +168,7 @@ def _output(folder: epath.Path, nbytes: int, overwrite: bool) -> Iterator[epath.
         _check_space(folder, nbytes)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / UNFINISHED).write_text("")
-        yield folder
+        yield
     except BaseException as error:
         _remove(folder)
         if old.exists():
@@ -176,5 +200,14 @@ def _is_disk_full(error: BaseException) -> bool:
 
 
 def _remove(folder: epath.Path) -> None:
-    if folder.is_dir():
-        folder.rmtree()
+    """checkpoint.json goes first and the mark last: what a kill leaves is neither complete nor somebody else's."""
+    if not folder.is_dir():
+        return
+    (folder / UNFINISHED).write_text("")
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for child in folder.iterdir():
+        if child.is_dir():
+            child.rmtree()
+        elif child.name != UNFINISHED:
+            child.unlink()
+    folder.rmtree()

@@ -5,10 +5,8 @@ and `<s>`, `</s>` with line ends around them (karpathy/llama2.c, tokenizer.py). 
 """
 
 import struct
-from pathlib import Path
 
 from llama_jax.errors import ExitCode, LlamaError
-from llama_jax.text.settings import as_path
 from llama_jax.text.spm import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN
 
 
@@ -59,8 +57,3 @@ def read_tokens(data: bytes) -> list[tuple[float, str]]:
 
 def _bad(what: str) -> LlamaError:
     return LlamaError(ExitCode.BAD_TOKENIZER, f"no llama2.c tokenizer.bin, or a cut one ({what}): give the file from llama2.c")
-
-
-def convert_llama2c_tokenizer(path: str | Path, output: str | Path) -> None:
-    """Writes the tokenizer.model that a llama2.c tokenizer.bin was made from."""
-    as_path(output).write_bytes(llama2c_to_proto(as_path(path).read_bytes()))

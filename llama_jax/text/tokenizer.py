@@ -5,10 +5,10 @@ from pathlib import Path
 
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.text.base import StreamDecoder, Tokenizer
-from llama_jax.text.llama2c import convert_llama2c_tokenizer, llama2c_to_proto
+from llama_jax.text.llama2c import llama2c_to_proto
 from llama_jax.text.settings import Settings, as_path, components, read_json, read_settings
 
-__all__ = ["StreamDecoder", "Tokenizer", "convert_llama2c_tokenizer", "load_tokenizer"]
+__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)")

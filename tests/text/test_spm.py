@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.text.spm import SentencePieceTokenizer
-from llama_jax.text.tokenizer import convert_llama2c_tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 from tests.text import make
 from tests.text.conftest import shared
 from tests.text.strategies import id_lists, texts
@@ -120,7 +120,8 @@ def test_stories260k_llama2c_file_encodes_and_decodes_like_its_model():
 
 def test_llama2c_conversion_writes_a_model_that_loads(folder, tmp_path):
     source = make.small_llama2c(tmp_path / "tokenizer.bin", folder / "sentencepiece" / "tokenizer.model")
-    convert_llama2c_tokenizer(source, tmp_path / "tokenizer.model")
+    source = source.rename(tmp_path / "source.bin")
+    (tmp_path / "tokenizer.model").write_bytes(load_tokenizer(source).source_proto)
     assert load_tokenizer(tmp_path).files() == (tmp_path / "tokenizer.model",)
     assert_same_tokenizer(load_tokenizer(tmp_path), load_tokenizer(source))
 

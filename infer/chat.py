@@ -53,8 +53,17 @@ class Conversation:
                 program.warn("\n(stopped)")
         finally:
             print(flush=True)
-        self.turns = [*turns, {"role": "assistant", "content": "".join(answer)}]
+        self._remember([*turns, {"role": "assistant", "content": "".join(answer)}])
         return "".join(answer)
+
+    def _remember(self, turns: list[dict[str, str]]) -> None:
+        """Keeps the turns, unless the model wrote what its own format forbids: no prompt could hold that answer."""
+        try:
+            self._llama.encode_chat(self._messages([*turns, {"role": "user", "content": "?"}]))
+        except LlamaError as error:
+            program.warn(f"(this answer cannot be part of a conversation and was forgotten: {error})")
+        else:
+            self.turns = turns
 
     def _messages(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + turns

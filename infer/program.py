@@ -12,7 +12,9 @@ from llama_jax.errors import ExitCode, LlamaError, run_command
 
 
 def define_config() -> flags.FlagHolder:
-    return config_flags.DEFINE_config_file("config", help_string="configuration file, with --config.KEY=VALUE to change it")
+    holder = config_flags.DEFINE_config_file("config", help_string="configuration file, with --config.KEY=VALUE to change it")
+    flags.mark_flag_as_required("config")
+    return holder
 
 
 def run(main: Callable[[], None]) -> None:

@@ -90,10 +90,11 @@ def _read_text(path: Path) -> str:
 
 def _read_tokens(path: Path) -> np.ndarray:
     try:
-        tokens = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with open(path, "rb") as file:
+            tokens = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
         raise LlamaError(ExitCode.BAD_REQUEST, f"cannot read {path} as a .npy array: {error}") from None
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
         raise LlamaError(ExitCode.BAD_REQUEST, f"{path} holds {tokens!r:.80}, expected integers [B, T]")
     return tokens
 

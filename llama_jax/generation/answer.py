@@ -34,7 +34,7 @@ class Completion:
 
 
 class StopStrings:
-    """Cuts a stream of text before the first stop string, wherever pieces begin and end."""
+    """Cuts a stream of text before the stop string that is complete first, wherever pieces begin and end."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops = tuple(stops)
@@ -46,10 +46,10 @@ class StopStrings:
         if self.stopped:
             return ""
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._take(min(found))
+            return self._take(min(found)[1])
         return self._take(len(self._held) - self._open())
 
     def finish(self) -> str:

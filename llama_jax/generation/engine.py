@@ -78,32 +78,41 @@ class Engine:
                 ended[b] |= last < 0 or last in row.stop_ids or read >= row.settings.max_new_tokens
             yield output
 
+    def score(self, tokens: Sequence[int], num_top: int = 0) -> Output:
+        """Log-probabilities of tokens[1:], each after those before it: Output of [T - 1] and [T - 1, num_top]."""
+        T = len(tokens)
+        padded = np.zeros((1, bucket(T, self.max_length, MIN_PROMPT_BUCKET)), np.int32)
+        padded[0, :T] = tokens
+        top = MAX_TOP_LOGPROBS if num_top else 0
+        output = programs.score(self.cfg, self.params, padded, np.array([T], np.int32), num_top=top)
+        output = Output(*(np.asarray(part)[0, : T - 1] for part in output))
+        return output._replace(top_ids=output.top_ids[:, :num_top], top_logprobs=output.top_logprobs[:, :num_top])
+
     def warm_up(self, batch_size: int = 1, *, logprobs: bool = False, history: bool = False) -> None:
         """Compiles every program that requests up to this batch size can need; nothing is compiled after.
 
         Args:
-            logprobs: also for requests with alternatives.
+            logprobs: also for requests with log-probabilities of the prompt and of alternatives.
             history: also for requests with penalties or a bias.
         """
-        settings = Settings(max_new_tokens=1, logprobs=1 if logprobs else -1, presence_penalty=1.0 if history else 0.0)
-        for batch in _powers(1, bucket(batch_size, 2**20)):
-            for length in _powers(MIN_PROMPT_BUCKET, self.max_length):
-                rows = [Row([0] * length, settings, ())] * batch
-                state, _ = self._prefill(rows, batch, MAX_TOP_LOGPROBS if logprobs else 0)
-                if length > MIN_PROMPT_BUCKET:
-                    continue
-                while True:
-                    state, _ = programs.decode(
-                        self.cfg,
-                        self.params,
-                        state,
-                        np.zeros(batch, bool),
-                        np.int32(0),
-                        num_top=MAX_TOP_LOGPROBS if logprobs else 0,
-                    )
-                    if _capacity(state) >= self.max_length:
-                        break
-                    state = self._with_room(state, _capacity(state) + 1)
+        for num_top in (0, MAX_TOP_LOGPROBS) if logprobs else (0,):
+            for penalty in (0.0, 1.0) if history else (0.0,):
+                for batch in _powers(1, bucket(batch_size, 2**20)):
+                    self._warm_up_batch(batch, num_top, Settings(max_new_tokens=1, presence_penalty=penalty))
+        for length in _powers(MIN_PROMPT_BUCKET, self.max_length) if logprobs else ():
+            self.score([0] * length)
+
+    def _warm_up_batch(self, batch: int, num_top: int, settings: Settings) -> None:
+        for length in _powers(MIN_PROMPT_BUCKET, self.max_length):
+            state, _ = self._prefill([Row([0] * length, settings, ())] * batch, batch, num_top)
+            if length > MIN_PROMPT_BUCKET:
+                continue
+            nothing, none = np.zeros(batch, bool), np.int32(0)
+            while True:
+                state, _ = programs.decode(self.cfg, self.params, state, nothing, none, num_top=num_top)
+                if _capacity(state) >= self.max_length:
+                    break
+                state = self._with_room(state, _capacity(state) + 1)
 
     def _prefill(self, rows: Sequence[Row], batch: int, num_top: int) -> tuple[DecodeState, Output]:
         longest = max(len(row.tokens) for row in rows)

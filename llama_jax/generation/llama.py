@@ -21,7 +21,7 @@ from llama_jax.generation import programs
 from llama_jax.generation.answer import Answer, Completion
 from llama_jax.generation.engine import MIN_PROMPT_BUCKET, Engine, bucket
 from llama_jax.generation.request import Row, Settings, make_row
-from llama_jax.generation.state import MAX_TOP_LOGPROBS, Output
+from llama_jax.generation.state import Output
 from llama_jax.model import Params
 from llama_jax.text import chat, infill
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -62,6 +62,8 @@ def load(
         raise LlamaError(
             ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
         )
+    if batch_size < 1:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
     if max_length > opened.config.max_length:
         print(
             f"warning: max_length {max_length:,} is beyond the {opened.config.max_length:,} tokens this model was made for",
@@ -222,13 +224,7 @@ class Llama:
         T = len(tokens)
         if not 2 <= T <= self.max_length:
             raise LlamaError(ExitCode.BAD_REQUEST, f"{T:,} tokens to score, expected 2 to max_length ({self.max_length:,})")
-        padded = np.zeros((1, bucket(T, self.max_length, MIN_PROMPT_BUCKET)), np.int32)
-        padded[0, :T] = self._check_ids(tokens)
-        output = programs.score(
-            self.config, self.params, padded, np.array([T], np.int32), num_top=MAX_TOP_LOGPROBS if num_top else 0
-        )
-        output = Output(*(np.asarray(part)[0, : T - 1] for part in output))
-        return output._replace(top_ids=output.top_ids[:, :num_top], top_logprobs=output.top_logprobs[:, :num_top])
+        return self.engine.score(self._check_ids(tokens), num_top)
 
     def logits(self, tokens: Any) -> np.ndarray:
         """Logits after every token: int [B, T] -> float32 [B, T, V]. T is at most max_length."""

@@ -65,8 +65,10 @@ class Settings:
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise LlamaError(ExitCode.BAD_REQUEST, f"{name} is {value!r}, expected a number from {low:g} to {high:g}")
+            whole = type(getattr(Settings, name)) is int
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+                kind = "a whole number" if whole else "a number"
+                raise LlamaError(ExitCode.BAD_REQUEST, f"{name} is {value!r}, expected {kind} from {low} to {high}")
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise LlamaError(ExitCode.BAD_REQUEST, f"stop is {self.stop!r}, expected strings that are not empty")

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -185,9 +186,14 @@ def _read(name: str, array: LazyArray, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
-def _is_finite(values: np.ndarray, step: int = 2**22) -> bool:
+def _is_finite(values: np.ndarray, step: int = 2**18) -> bool:
     flat = values.reshape(-1)
-    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
+    blocks = (flat[i : i + step] for i in range(0, flat.size, step))
+    if (
+        values.dtype == ml_dtypes.bfloat16
+    ):  # whose isfinite is ten times slower than this; the exponent is all ones in NaN and inf
+        return all((block.view(np.uint16) & 0x7FFF).max() < 0x7F80 for block in blocks)
+    return all(np.isfinite(block).all() for block in blocks)
 
 
 @contextlib.contextmanager

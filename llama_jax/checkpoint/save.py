@@ -25,6 +25,7 @@ from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model import param_axes
 
 UNFINISHED = "unfinished"  # marks a directory whose writing has begun; gone when it is complete
+TOGETHER_BYTES = 128 * 2**20  # leaves that are written at the same time have no more; a larger one is alone
 REPLACED = ".replaced"  # suffix of an old checkpoint while its successor is written
 
 
@@ -50,7 +51,7 @@ class Leaf:
 
 
 class LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Writes one leaf at a time, in our chunks.
+    """Writes leaves in our chunks: one at a time, or several that together are small.
 
     Attributes:
         failure: the first error; the leaves after it are skipped. Orbax is never left with an error of ours in one of its
@@ -62,16 +63,22 @@ class LeafHandler(ocp.type_handlers.NumpyHandler):
         self.failure: BaseException | None = None
         self._axes = axes
         self._written = written
-        self._turn = asyncio.Semaphore(1)
+        self._in_memory = 0
+        self._freed = asyncio.Condition()
 
     async def _open_and_write(self, value: Leaf, tspec: dict[str, Any], ts_context: Any) -> None:
-        async with self._turn:
-            if self.failure is not None:
-                return
-            try:
+        async with self._freed:
+            await self._freed.wait_for(lambda: not self._in_memory or self._in_memory + value.nbytes <= TOGETHER_BYTES)
+            self._in_memory += value.nbytes
+        try:
+            if self.failure is None:
                 await self._write_leaf(value, tspec, ts_context)
-            except BaseException as error:
-                self.failure = error
+        except BaseException as error:
+            self.failure = self.failure or error
+        finally:
+            async with self._freed:
+                self._in_memory -= value.nbytes
+                self._freed.notify_all()
 
     async def _write_leaf(self, value: Leaf, tspec: dict[str, Any], ts_context: Any) -> None:
         import tensorstore as ts

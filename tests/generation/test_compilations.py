@@ -32,7 +32,6 @@ def test_the_counter_counts():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_plain_requests_compile_nothing_after_the_warm_up(fresh):
     llama = fresh(40)
     llama.engine.warm_up(batch_size=4)
@@ -59,35 +58,16 @@ def requests(llama: Llama, settings: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_reports_and_penalties_compile_nothing_after_their_warm_up(fresh):
-    llama, kinds = fresh(16), list(itertools.product((False, True), repeat=2))
-    for logprobs, history in kinds:
-        llama.engine.warm_up(logprobs=logprobs, history=history)
-    with counting_compilations() as compiled:
-        for logprobs, history in kinds:
-            requests(llama, (REPORTS if logprobs else {}) | (PENALTIES if history else {}))
-        requests(llama, dict(logprobs=0))
-        requests(llama, dict(logit_bias={5: 1.0}, repetition_penalty=1.2))
-    assert not compiled
-
-
-@pytest.mark.slow
-def test_a_warm_up_for_more_covers_plain_requests_too(fresh):
-    """Its documentation: `also` for requests with alternatives, `also` for those with penalties."""
-    llama = fresh(15)
+def test_one_warm_up_serves_reports_and_penalties_and_requests_without(fresh):
+    llama = fresh(16)
     llama.engine.warm_up(logprobs=True, history=True)
     with counting_compilations() as compiled:
-        requests(llama, {})
-    assert not compiled
-
-
-def test_log_probabilities_of_the_prompt_compile_nothing_after_the_warm_up(fresh):
-    llama = fresh(16)
-    llama.engine.warm_up(logprobs=True)
-    llama.engine.warm_up()
-    with counting_compilations() as compiled:
-        llama.generate([ids(9)], max_new_tokens=2, logprobs=0, echo=True)
+        for reports, penalties in itertools.product(({}, REPORTS), ({}, PENALTIES)):
+            requests(llama, reports | penalties)
+        requests(llama, dict(logprobs=0))
+        requests(llama, dict(logprobs=2, echo=True))
+        requests(llama, dict(logit_bias={5: 1.0}, repetition_penalty=1.2))
+        llama.score(ids(16))
     assert not compiled
 
 

@@ -39,8 +39,12 @@ def test_an_empty_prompt_is_the_beginning_of_a_text(llama):
     (completion,) = llama.generate([""], DRAWN)
     assert completion.prompt_tokens == [1]
     assert completion.text == llama.tokenizer.decode(completion.tokens)
-    (other,) = llama.generate([""], DRAWN, logit_bias={llama.tokenizer.encode("the")[0]: 100.0}, max_new_tokens=1)
-    assert not other.text.startswith(" ")  # nothing stands before the answer
+
+
+def test_a_leading_space_stands_between_text_and_answer_only(llama):
+    the = llama.tokenizer.encode("the")[0]  # "▁the"
+    for prompt, text in (("", "the"), ("She", " the")):
+        assert llama.generate([prompt], logit_bias={the: 100.0}, max_new_tokens=1)[0].text == text
 
 
 @pytest.mark.parametrize("new", [1, 2, 32, 33, 34, 64])

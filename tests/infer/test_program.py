@@ -69,6 +69,11 @@ def test_a_program_without_a_config_says_what_it_needs():
     assert done.returncode == ExitCode.BAD_REQUEST and "--config" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_config_file_that_is_not_there_is_named():
+    done = run("sample", "--config=configs/nowhere.py", config=False)
+    assert_one_line_on_stderr(done, ExitCode.BAD_REQUEST, "configs/nowhere.py")
+
+
 def test_the_configs_hold_every_setting_and_its_default():
     known = {name for name in Settings.__dataclass_fields__ if name != "max_new_tokens"}
     assert set(sample.get_config().sampling) == known

@@ -124,7 +124,7 @@ def test_any_orbax_restores_it_without_being_told_shapes(tmp_path):
 
 
 def test_arrays_in_memory_together_are_small_or_one(tmp_path, monkeypatch):
-    together = 2 * PARAMS["layers.0.q_proj"].nbytes
+    together = PARAMS["layers.0.q_proj"].nbytes + 1000
     monkeypatch.setattr(saving, "TOGETHER_BYTES", together)
     held, sizes = [], {}
 
@@ -202,9 +202,10 @@ def fail(*_):
     raise FailsError("stop")
 
 
-def interrupt(*_):
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(0.2)  # the main thread goes on first, as it does when a large array is being read
+def interrupt(name, nbytes):
+    if name == "embedding":
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)  # the main thread goes on first, as it does when a large array is being read
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def run(main: Callable[[], None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return flags.FLAGS(argv)
+            rest = flags.FLAGS(argv)
+            flags.FLAGS.config.to_dict()  # a file that is missing or does not run is only found when it is read
+            return rest
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             said = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
             raise LlamaError(ExitCode.BAD_REQUEST, f"{said} (--help lists the flags, the config file its keys)") from None

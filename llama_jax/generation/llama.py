@@ -21,12 +21,13 @@ from llama_jax.generation import programs
 from llama_jax.generation.answer import Answer, Completion
 from llama_jax.generation.engine import MIN_PROMPT_BUCKET, Engine, bucket
 from llama_jax.generation.request import Row, Settings, make_row
-from llama_jax.generation.state import Output
+from llama_jax.generation.state import MAX_TOP_LOGPROBS, Output
 from llama_jax.model import Params
 from llama_jax.text import chat, infill
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 CACHE_DIR = "~/.cache/llama_jax"
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 STREAM_PACE_SECONDS = 0.1
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -46,8 +47,8 @@ def load(
 
     Args:
         checkpoint: a directory made by llama_jax.convert, or the WORKDIR of a training run.
-        dtype: of weights, activations and cache. "auto": as stored, except that float16 becomes bfloat16, which every
-            accelerator multiplies.
+        dtype: of weights, activations and cache: bfloat16, float16, float32, or "auto": as stored, except that float16 becomes
+            bfloat16, which every accelerator multiplies, and float64 becomes float32.
         max_length: tokens of prompt and answer together; the model's context when 0.
         tokenizer: its file or folder, when the checkpoint has none.
         batch_size: the most sequences generated at once; more wait their turn.
@@ -56,8 +57,10 @@ def load(
         LlamaError: there is no complete checkpoint, or a setting is out of range.
     """
     opened = Checkpoint.open(checkpoint)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise LlamaError(ExitCode.BAD_REQUEST, f"dtype is {dtype!r}, expected auto or one of {', '.join(DTYPES)}")
+    if dtype == "auto":
+        dtype = {"float16": "bfloat16", "float64": "float32"}.get(opened.dtype.name, opened.dtype.name)
+    if dtype not in COMPUTE_DTYPES:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"dtype is {dtype!r}, expected auto or one of {', '.join(COMPUTE_DTYPES)}")
     if not 0 <= max_length <= 2**20:
         raise LlamaError(
             ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
@@ -69,11 +72,10 @@ def load(
             f"warning: max_length {max_length:,} is beyond the {opened.config.max_length:,} tokens this model was made for",
             file=sys.stderr,
         )
-    stored = "bfloat16" if opened.dtype.name == "float16" else opened.dtype.name
     _keep_compiled_programs()
     return Llama(
         config=opened.config,
-        params=load_params(opened, DTYPES[stored if dtype == "auto" else dtype]),
+        params=load_params(opened, DTYPES[dtype]),
         tokenizer=_load_tokenizer(opened, tokenizer),
         chat_format=opened.chat_format,
         max_length=max_length or opened.config.max_length,
@@ -221,10 +223,13 @@ class Llama:
         Returns:
             Output of NumPy arrays for tokens[1:]: tokens, logprobs [T - 1], top_ids, top_logprobs [T - 1, num_top].
         """
+        tokens = self._check_ids(tokens)
         T = len(tokens)
+        if not 0 <= num_top <= MAX_TOP_LOGPROBS:
+            raise LlamaError(ExitCode.BAD_REQUEST, f"num_top is {num_top}, expected 0 to {MAX_TOP_LOGPROBS}")
         if not 2 <= T <= self.max_length:
             raise LlamaError(ExitCode.BAD_REQUEST, f"{T:,} tokens to score, expected 2 to max_length ({self.max_length:,})")
-        return self.engine.score(self._check_ids(tokens), num_top)
+        return self.engine.score(tokens, num_top)
 
     def logits(self, tokens: Any) -> np.ndarray:
         """Logits after every token: int [B, T] -> float32 [B, T, V]. T is at most max_length."""
@@ -300,13 +305,17 @@ class Llama:
         return chat.stop_ids(self.tokenizer, chat_format) if self.tokenizer else ()
 
     def _check_ids(self, tokens: Sequence[int]) -> list[int]:
-        tokens = np.asarray(tokens)
-        if tokens.size and (
-            not np.issubdtype(tokens.dtype, np.integer) or tokens.min() < 0 or tokens.max() >= self.config.vocab_size
-        ):
-            came = f"{tokens.dtype} from {tokens.min()} to {tokens.max()}"
-            raise LlamaError(ExitCode.BAD_REQUEST, f"tokens are {came}, expected ids from 0 to {self.config.vocab_size - 1}")
-        return tokens.astype(int).tolist()
+        """A row of token ids as Python ints, all in the vocabulary."""
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:  # lists of different lengths
+            ids = np.asarray(tokens, object)
+        last = self.config.vocab_size - 1
+        if ids.ndim == 1 and not ids.size:
+            return []
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() > last:
+            raise LlamaError(ExitCode.BAD_REQUEST, f"tokens are {tokens!r:.200}, expected a row of ids from 0 to {last}")
+        return ids.astype(int).tolist()
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

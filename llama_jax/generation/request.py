@@ -1,6 +1,7 @@
 """What a user asks for, checked before any work, and the arrays the device reads."""
 
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -64,26 +65,34 @@ class Settings:
             "logprobs": (-1, MAX_TOP_LOGPROBS),
         }
         for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            whole = type(getattr(Settings, name)) is int
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
-                kind = "a whole number" if whole else "a number"
-                raise LlamaError(ExitCode.BAD_REQUEST, f"{name} is {value!r}, expected {kind} from {low} to {high}")
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(stop, str) and stop for stop in stops):
+            value, whole = getattr(self, name), type(getattr(Settings, name)) is int
+            kind = numbers.Integral if whole else numbers.Real
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                wanted = "a whole number" if whole else "a number"
+                raise LlamaError(ExitCode.BAD_REQUEST, f"{name} is {value!r}, expected {wanted} from {low} to {high}")
+            object.__setattr__(self, name, int(value) if whole else float(value))
+        for name in ("ignore_eos", "echo"):
+            if not isinstance(getattr(self, name), bool):
+                raise LlamaError(ExitCode.BAD_REQUEST, f"{name} is {getattr(self, name)!r}, expected True or False")
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stops, Sequence) or not all(isinstance(stop, str) and stop for stop in stops):
             raise LlamaError(ExitCode.BAD_REQUEST, f"stop is {self.stop!r}, expected strings that are not empty")
-        object.__setattr__(self, "stop", stops)
-        for token, bias in self.logit_bias.items():
-            if not isinstance(token, int) or not np.isfinite(bias):
-                raise LlamaError(
-                    ExitCode.BAD_REQUEST, f"logit_bias has {token!r}: {bias!r}, expected token ids with finite numbers"
-                )
+        object.__setattr__(self, "stop", tuple(stops))
+        if not isinstance(self.stop_ids, Sequence) or not all(isinstance(token, numbers.Integral) for token in self.stop_ids):
+            raise LlamaError(ExitCode.BAD_REQUEST, f"stop_ids are {self.stop_ids!r}, expected token ids")
+        if not isinstance(self.logit_bias, Mapping) or not all(map(_is_bias, self.logit_bias.items())):
+            raise LlamaError(ExitCode.BAD_REQUEST, f"logit_bias is {self.logit_bias!r}, expected {{token id: finite number}}")
 
     @property
     def needs_history(self) -> bool:
         """Whether penalties or a bias are used, which need arrays over the vocabulary."""
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
+
+
+def _is_bias(item: tuple[object, object]) -> bool:
+    token, bias = item
+    return isinstance(token, numbers.Integral) and isinstance(bias, numbers.Real) and bool(np.isfinite(bias))
 
 
 @dataclasses.dataclass(frozen=True)

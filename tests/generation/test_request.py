@@ -42,15 +42,25 @@ def test_a_fraction_is_refused_where_a_whole_number_is_meant(name):
         (dict(stop=""), "stop is"),
         (dict(stop=["a", ""]), "stop is"),
         (dict(stop=[3]), "stop is"),
-        (dict(logit_bias={3: float("nan")}), "logit_bias has 3: nan"),
-        (dict(logit_bias={3: float("inf")}), "logit_bias has 3: inf"),
-        (dict(logit_bias={"3": 1.0}), "logit_bias has '3'"),
+        (dict(stop=5), "stop is 5"),
+        (dict(stop_ids=["a"]), "stop_ids are"),
+        (dict(stop_ids=[2.5]), "stop_ids are"),
+        (dict(ignore_eos="no"), "ignore_eos is 'no'"),
+        (dict(logit_bias=[3]), "logit_bias is"),
+        (dict(logit_bias={3: float("nan")}), r"logit_bias is \{3: nan\}"),
+        (dict(logit_bias={3: float("inf")}), r"logit_bias is \{3: inf\}"),
+        (dict(logit_bias={"3": 1.0}), r"logit_bias is \{'3': 1.0\}"),
     ],
 )
 def test_stops_and_biases_that_mean_nothing_are_refused(changes, match):
     with pytest.raises(LlamaError, match=match) as error:
         Settings(**changes)
     assert error.value.code == ExitCode.BAD_REQUEST
+
+
+def test_numpy_numbers_are_numbers():
+    settings = Settings(seed=np.int64(3), temperature=np.float32(0.5))
+    assert settings == Settings(seed=3, temperature=0.5) and type(settings.seed) is int
 
 
 def test_one_stop_string_need_not_be_a_list():
@@ -107,8 +117,11 @@ def test_ids_outside_the_vocabulary_are_refused(llama, token):
 
 
 def test_prompts_that_are_not_ids_are_refused(llama):
-    with pytest.raises(LlamaError, match="float64"):
+    with pytest.raises(LlamaError, match="expected a row of ids"):
         llama.generate([[1.5, 2.0]])
+    for odd in ([[1, 2], [3]], [[1, 2], [3, 4]], b"ab", 5):
+        with pytest.raises(LlamaError, match="expected a row of ids"):
+            llama.generate([odd])
     for bad in ("one string", [], ()):
         with pytest.raises(LlamaError, match="expected a list of texts"):
             llama.generate(bad)

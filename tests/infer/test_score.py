@@ -153,7 +153,7 @@ def test_one_token_cannot_be_scored(given, tmp_path):
 @pytest.mark.parametrize("ids_", [[[5, 420]], [[5, -1]]])
 def test_ids_outside_the_vocabulary_are_refused(given, tmp_path, ids_):
     np.save(tmp_path / "in.npy", np.array(ids_))
-    refused(given, "expected ids from 0 to 419", TOKENS=str(tmp_path / "in.npy"))
+    refused(given, "expected a row of ids from 0 to 419", TOKENS=str(tmp_path / "in.npy"))
 
 
 def test_logits_beyond_the_context_are_refused(given, tmp_path):

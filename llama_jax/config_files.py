@@ -78,23 +78,27 @@ def from_meta(
         small = (embed_dim, layers) in ((2048, 16), (3072, 28))
         factor = _number("params.json", params, "rope_scaling_factor", 32.0 if small else 8.0)
         config = dataclasses.replace(config, rope_type="llama3", rope_factor=factor, rope_original_length=8192)
-    notes = []
-    names = [name for name, preset in PRESETS.items() if _same_but_length(config, preset)]
+    return _with_context(config, max_length)
+
+
+def _with_context(config: ModelConfig, max_length: int | None) -> tuple[ModelConfig, list[str]]:
+    """The config with the given context, that of the published model it is, or 2048, and a note on which."""
+
+    def like(preset: ModelConfig) -> bool:
+        return dataclasses.replace(config, max_length=preset.max_length, tied_head=preset.tied_head) == preset
+
+    names = [name for name, preset in PRESETS.items() if like(preset)]
     if max_length is not None:
-        length = max_length
+        length, notes = max_length, []
     elif names:
         length = PRESETS[names[0]].max_length
-        notes.append(f"context {length}, as {names[0]} has the same shape, theta and epsilon (--max-length changes it)")
+        notes = [f"context {length}, as {names[0]} has the same shape, theta and epsilon (--max-length changes it)"]
     else:
         length = 2048
-        notes.append(
+        notes = [
             "warning: no published model has this shape, theta and epsilon: context set to 2048; --max-length N changes it"
-        )
+        ]
     return dataclasses.replace(config, max_length=length), notes
-
-
-def _same_but_length(a: ModelConfig, b: ModelConfig) -> bool:
-    return dataclasses.replace(a, max_length=1, tied_head=b.tied_head) == dataclasses.replace(b, max_length=1)
 
 
 # Attributes of config.json that change the mathematics, with the values under which they change nothing.

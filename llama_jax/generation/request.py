@@ -24,7 +24,8 @@ class Settings:
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or answer; 1 for none.
         frequency_penalty, presence_penalty: subtracted per occurrence, and once, for tokens in the answer; 0 for none.
         logit_bias: token id -> added to its logit.
-        seed: the same seed gives the same text, whatever else is in the batch.
+        seed: the same seed gives the same text, whatever else is in the batch (log-probabilities to the bit, too, unless a
+            neighbour needs a longer cache).
         n: answers per prompt; each is drawn independently.
         stop: strings that end the answer; they are not part of it.
         stop_ids: token ids that end the answer, besides those of the tokenizer and chat format.

@@ -67,16 +67,15 @@ def test_same_seed_same_text_whatever_else_is_in_the_batch(llama):
         (ids(2, seed=9), Settings(max_new_tokens=60, temperature=2.0, seed=11)),
         (ids(9, seed=10), Settings(max_new_tokens=100, temperature=0.1, top_p=0.1, seed=4)),
     ]
-    seen = []
-    for prompt, other in companions:
-        tokens, logprobs = run(llama.engine, rows_of([*PROMPTS[1:], prompt], [*kept, other]))
-        seen.append((tokens[:3, :40], logprobs[:3, :40]))
     tokens, logprobs = run(llama.engine, rows_of(PROMPTS[1:], kept))  # three rows, the fourth of the bucket empty
-    seen.append((tokens[:, :40], logprobs[:, :40]))
-    assert np.all(seen[0][0] >= 0)
-    for tokens, logprobs in seen[1:]:
-        np.testing.assert_array_equal(tokens, seen[0][0])
-        np.testing.assert_array_equal(logprobs, seen[0][1])
+    assert np.all(tokens >= 0)
+    for prompt, other in companions:
+        beside, their_logprobs = run(llama.engine, rows_of([*PROMPTS[1:], prompt], [*kept, other]))
+        np.testing.assert_array_equal(beside[:3, :40], tokens)
+        if len(prompt) + other.max_new_tokens <= 64:  # the cache of all of them has the same length
+            np.testing.assert_array_equal(their_logprobs[:3, :40], logprobs)
+        else:  # a longer cache: sums of as many numbers, in another order
+            np.testing.assert_allclose(their_logprobs[:3, :40], logprobs, atol=1e-5, rtol=0)
 
 
 def test_the_order_of_rows_changes_nothing(llama):

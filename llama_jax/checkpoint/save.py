@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ class LeafHandler(ocp.type_handlers.NumpyHandler):
         self._written = written
         self._in_memory = 0
         self._freed = asyncio.Condition()
+        self._context: Any = None
 
     async def _open_and_write(self, value: Leaf, tspec: dict[str, Any], ts_context: Any) -> None:
         async with self._freed:
@@ -90,7 +92,9 @@ class LeafHandler(ocp.type_handlers.NumpyHandler):
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         }
-        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        if self._context is None:  # the disk is waited for once, at the end, and not after every file
+            self._context = ts.Context({"file_io_sync": False}, parent=ts_context)
+        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=self._context)
         array = await asyncio.to_thread(value.read)
         await store.write(array, can_reference_source_data_indefinitely=True)
         self._written(name, value.nbytes)
@@ -124,6 +128,7 @@ def save_checkpoint(
         for file in tokenizer_files:
             (folder / file.name).write_bytes(file.read_bytes())
         checkpoint = finish(checkpoint)
+        _wait_for_disk(folder)
         (folder / MANIFEST).write_text(json.dumps(checkpoint.manifest(), indent=1) + "\n")
         (folder / UNFINISHED).unlink()
     return checkpoint
@@ -142,6 +147,18 @@ def _write_arrays(folder: epath.Path, leaves: Mapping[str, Leaf], handler: LeafH
             handler.failure = handler.failure or error
     if handler.failure is not None:
         raise handler.failure
+
+
+def _wait_for_disk(folder: epath.Path) -> None:
+    """Returns when all files are on the disk: a checkpoint.json must not outlive its arrays in a power cut."""
+    if "://" in str(folder):
+        return
+    for path in (*Path(folder).rglob("*"), Path(folder)):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _flat_axes(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:

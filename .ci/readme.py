@@ -28,13 +28,13 @@ def make_weights(folder: Path) -> None:
     real = SHARED / "checkpoints" / "stories260K" / "meta"
     if real.is_dir():
         shutil.copytree(real, folder / "llama-2-7b")
-    cfg = make.meta_tiny(vocab_size=512)
+    cfg = make.meta_tiny(vocab_size=420)
     params = make.random_params(cfg)
     for name, write in (("llama-2-7b", make.write_meta), ("Llama-3.2-1B", make.write_huggingface)):
         if not (folder / name).exists():
             (folder / name).mkdir()
             write(folder / name, cfg, params)
-            small_sentencepiece(folder / name / "tokenizer.model", vocab_size=512)
+            small_sentencepiece(folder / name / "tokenizer.model", vocab_size=420)
 
 
 def main() -> None:

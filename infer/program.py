@@ -34,6 +34,8 @@ def run(main: Callable[[], None]) -> None:
             return rest
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             said = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
+            if "Did you mean" in said:  # a KeyError of ml_collections, quoted twice
+                said = "unknown key " + said.replace("'", "").replace(" Did you", ". Did you")
             raise LlamaError(ExitCode.BAD_REQUEST, f"{said} (--help lists the flags, the config file its keys)") from None
 
     logging.set_verbosity(logging.WARNING)

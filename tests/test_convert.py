@@ -1,5 +1,6 @@
 """The conversion command: the same stored bytes from every format, and nothing half-done whatever goes wrong."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -591,8 +592,9 @@ def begun(source: Path, output: Path, bytes_written: int, *options: str) -> subp
     process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < until:
-        if sum(file.stat().st_size for file in output.glob("params*/**/*") if file.is_file()) >= bytes_written:
-            return process
+        with contextlib.suppress(FileNotFoundError):  # a file that was renamed while we looked
+            if sum(file.stat().st_size for file in output.glob("params*/**/*") if file.is_file()) >= bytes_written:
+                return process
         time.sleep(0.005)
     raise AssertionError(f"the conversion was over before it could be stopped: {process.communicate()[1]}")
 

@@ -36,6 +36,11 @@ class ExitCode(enum.IntEnum):
     DISK_FULL = 28
     NOT_A_CHECKPOINT = 29  # no complete llama_jax checkpoint there
     NOT_EQUAL = 30  # verify: the checkpoint does not compute what its source computes
+    BAD_MESH = 31  # a mesh that the model or the devices do not allow
+    UNKNOWN_TOPOLOGY = 32  # plan: no such accelerator or slice
+    DOES_NOT_FIT = 33  # plan: no mesh of the slice has the memory
+    NO_COORDINATOR = 34  # several processes: not all of them came
+    PEER_DIED = 35  # several processes: another one ended
     INTERRUPTED = 130
 
 

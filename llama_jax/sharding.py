@@ -4,29 +4,89 @@ Every parameter, cache and batch array names its axes; where an axis lies on the
 here and nowhere else. The checkpoint cuts its chunks along the same axes, so that a device reads little more than its part.
 """
 
-from jax.sharding import PartitionSpec
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax import Array
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llama_jax.mesh import MESH_AXES, MeshShape
 
 RULES: dict[str, str | tuple[str, ...] | None] = {  # None: whole on every device
     "batch": ("data", "fsdp"),
     "embed": "fsdp",  # weights are gathered layer by layer
     "heads": "tensor",
-    "kv_heads": "tensor",
+    "kv_heads": "tensor",  # whole where there are more devices than heads: every device then holds a copy of its one
     "mlp": "tensor",
     "vocab": "tensor",
     "head_dim": None,
     "norm": None,
     "length": None,
     "cache_length": None,
+    "act_embed": None,  # embed of activations and of gathered weights
+    "layers": None,
+    "lora_rank": None,
+    "group": None,  # of a quantised weight's scales
 }
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh ("data", "fsdp", "tensor") over devices (all, unless given), neighbours on tensor nearest on the wire.
+
+    With dcn_data > 1 the data axis is dcn_data * data long and crosses slices only along its first part.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    inside = (shape.data, shape.fsdp, shape.tensor)
+    total = (shape.dcn_data * shape.data, shape.fsdp, shape.tensor)
+    if shape.dcn_data > 1 and len({getattr(device, "slice_index", 0) for device in devices}) == shape.dcn_data:
+        dcn = (shape.dcn_data, 1, 1)
+        array = mesh_utils.create_hybrid_device_mesh(inside, dcn, devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "tpu" and shape.dcn_data == 1:
+        array = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    else:  # one after the other: consecutive devices share a host
+        array = np.array(devices).reshape(total)
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec(*names: str | None) -> PartitionSpec:
     """PartitionSpec of an array whose axes carry these logical names.
 
     Raises:
-        ValueError: a name has no row in RULES.
+        ValueError: a name has no row in RULES, or two axes would lie on the same axis of the mesh.
     """
     unknown = [name for name in names if name is not None and name not in RULES]
     if unknown:
         raise ValueError(f"unknown logical axes {unknown} in {names}; known: {sorted(RULES)}. Add a row to RULES.")
-    return PartitionSpec(*(None if name is None else RULES[name] for name in names))
+    axes = [None if name is None else RULES[name] for name in names]
+    used = [axis for entry in axes if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)]
+    if twice := sorted({axis for axis in used if used.count(axis) > 1}):
+        raise ValueError(f"{names} puts two axes of one array on mesh axis {twice[0]!r}: rename one of them")
+    return PartitionSpec(*axes)
+
+
+def sharding(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Where an array with these logical axes and this shape lies."""
+    return NamedSharding(mesh, _fitted(spec(*names), names, shape, mesh.shape["tensor"]))
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Tells the partitioner where x lies; nothing without a mesh (jax.set_mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _fitted(spec(*names), names, x.shape, mesh.shape["tensor"]))
+
+
+def mesh_axis_size(name: str) -> int:
+    """Size of an axis of the mesh that the program is traced for; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[name]
+
+
+def _fitted(spec: PartitionSpec, names: Sequence[str | None], shape: Sequence[int], tensor: int) -> PartitionSpec:
+    """Key/value heads fewer than devices are whole on each; every other size was checked when the mesh was."""
+    assert len(names) == len(shape), (names, shape)
+    pairs = zip(spec, names, shape, strict=True)
+    return PartitionSpec(*(None if name == "kv_heads" and size % tensor else axis for axis, name, size in pairs))

@@ -27,7 +27,7 @@ def test_a_spec_has_an_entry_for_every_axis():
 
 @pytest.mark.parametrize("names", [("head",), ("batch", "seq"), ("Embed", None)])
 def test_an_unknown_name_is_refused_with_the_known_ones(names):
-    with pytest.raises(ValueError, match=rf"unknown logical axes \['{names[-1] or names[0]}'\].*known: \['batch', .*RULES"):
+    with pytest.raises(ValueError, match=rf"unknown logical axes \['{names[-1] or names[0]}'\].*known: \['act_embed', .*RULES"):
         spec(*names)
 
 
@@ -57,3 +57,10 @@ def test_parameters_of_a_layer_lie_where_they_did():
         "up_proj": PartitionSpec("tensor", "fsdp"),
         "down_proj": PartitionSpec("fsdp", "tensor"),
     }
+
+
+def test_two_axes_on_one_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match="two axes of one array on mesh axis 'tensor'"):
+        spec("heads", "mlp")
+    with pytest.raises(ValueError, match="'fsdp'"):
+        spec("batch", "embed")

@@ -119,29 +119,67 @@ class ArrayReader:
                 ExitCode.TRUNCATED, f"{self._folder} has no readable array {name!r} ({error}): convert the source again"
             ) from None
 
+    def array(self, name: str) -> "StoredArray":
+        """An array by its name; nothing of it is read yet."""
+        return StoredArray(self.open(name), f"{self._folder}: array {name!r}")
+
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """An array, or a part of it, in memory."""
-        store = self.open(name)
+        return self.array(name).read(index)
+
+
+class StoredArray:
+    """An array on disk, with the face of a source's LazyArray.
+
+    Attributes:
+        shape: on disk.
+    """
+
+    def __init__(self, store: Any, where: str):
+        self.shape = tuple(store.shape)
+        self._store = store
+        self._where = where
+
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """All of it, or the part at `index`; chunks that the part touches are read whole."""
         try:
-            return (store if index is None else store[index]).read().result()
+            return (self._store if index is None else self._store[index]).read().result()
         except (ValueError, OSError) as error:
-            raise LlamaError(
-                ExitCode.TRUNCATED, f"{self._folder}: array {name!r} cannot be read ({error}): convert the source again"
-            ) from None
+            raise LlamaError(ExitCode.TRUNCATED, f"{self._where} cannot be read ({error}): convert the source again") from None
+
+    def release(self) -> None:
+        """Nothing is kept."""
 
 
-def to_tree(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"layers.0.q_proj": x} -> {"layers": [{"q_proj": x}]}."""
+def to_tree(flat: Mapping[str, Any]) -> Any:
+    """{"layers.0.q_proj": x} -> {"layers": [{"q_proj": x}]}; numbers are places in a list."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
-        if name.startswith("layers."):
-            _, index, leaf = name.split(".")
-            layers = tree.setdefault("layers", [])
-            layers.extend({} for _ in range(int(index) + 1 - len(layers)))
-            layers[int(index)][leaf] = value
-        else:
-            tree[name] = value
-    return tree
+        *path, leaf = name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return _with_lists(tree)
+
+
+def to_flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The inverse of `to_tree`: everything but dicts and lists is a leaf."""
+    if not isinstance(tree, Mapping | list):
+        return {prefix: tree}
+    children = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    flat = {}
+    for name, child in children:
+        flat |= to_flat(child, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def stored_names(name: str, shape: Sequence[int]) -> list[str]:
+    """Names on disk of an array in memory: a stack of layers, "layers.q_proj" [L, ...], has one for each of them."""
+    head, layers, leaf = name.rpartition("layers.")
+    if not layers or leaf[0].isdigit():
+        return [name]
+    return [f"{head}layers.{i}.{leaf}" for i in range(shape[0])]
 
 
 def chunk_shape(shape: Sequence[int], axes: Sequence[str], itemsize: int) -> tuple[int, ...]:
@@ -152,10 +190,18 @@ def chunk_shape(shape: Sequence[int], axes: Sequence[str], itemsize: int) -> tup
     pieces = [
         math.gcd(size, PIECES) if RULES[axis] in ("tensor", "fsdp") else 1 for size, axis in zip(shape, axes, strict=True)
     ]
-    while math.prod(shape) * itemsize < MIN_CHUNK_BYTES * math.prod(pieces) and max(pieces) > 1:
+    while math.prod(shape) * itemsize < MIN_CHUNK_BYTES * math.prod(pieces) and max(pieces, default=1) > 1:
         most = max(range(len(pieces)), key=lambda i: (pieces[i], axes[i] == "embed"))
         pieces[most] //= 2
     return tuple(size // n for size, n in zip(shape, pieces, strict=True))
+
+
+def _with_lists(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    if node and all(key.isdigit() for key in node):
+        return [_with_lists(node[key]) for key in sorted(node, key=int)]
+    return {key: _with_lists(child) for key, child in node.items()}
 
 
 def _complete(path: epath.Path) -> epath.Path:

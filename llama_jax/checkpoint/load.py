@@ -1,0 +1,181 @@
+"""Reading arrays straight to where they lie: every process and device reads the bytes of its own parts and no others.
+
+From checkpoints of ours and, without one, from the files of Meta, Hugging Face or llama2.c. A process holds as many arrays'
+parts in memory as there are threads, whatever the size of the model.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.checkpoint.layout import META, Source, leaf_of, names, shapes
+from llama_jax.checkpoint.lazy import LazyArray
+from llama_jax.checkpoint.store import Checkpoint, StoredArray, stored_names, to_flat, to_tree
+from llama_jax.config import ModelConfig
+from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.mesh import padded_vocab
+from llama_jax.model import Params, param_axes, quantize_axes, quantize_leaf
+from llama_jax.ops.linear import QArray
+from llama_jax.sharding import sharding
+
+THREADS = 4
+Ranges = tuple[tuple[int, int], ...]  # first and last + 1 of each axis
+Stored = LazyArray | StoredArray
+
+
+def load_params(
+    opened: Checkpoint | Source, dtype: np.dtype, *, mesh: Mesh | None = None, quantize: str = "", scan: bool = False
+) -> Params:
+    """The parameters of a checkpoint of ours or of another format, cast to a dtype.
+
+    Args:
+        mesh: where they go, by llama_jax.sharding; the default device when None.
+        quantize: "int8" for projections and head as QArrays; each array is rounded on the devices as soon as it is there.
+        scan: layers as one dict of [L, ...].
+
+    Raises:
+        LlamaError: an array is missing, damaged, or of another shape than the config says.
+    """
+    if quantize not in ("", "int8"):
+        raise LlamaError(ExitCode.BAD_REQUEST, f'quantize is {quantize!r}, expected "" or "int8"')
+    targets = _targets(opened.config, dtype, mesh, scan)
+    on_disk = shapes(opened.config)
+    tables = {name: on_disk[name] for name in ("embedding", "lm_head")}
+    stored = opened.params.__getitem__ if isinstance(opened, Source) else opened.arrays().array
+    then = _rounding(opened.config, mesh, scan) if quantize else None
+    return to_tree(read_arrays(stored, targets, tables, then=then))
+
+
+def read_arrays(
+    stored: Callable[[str], Stored],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    on_disk: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    then: Callable[[str, jax.Array], Any] | None = None,
+) -> dict[str, Any]:
+    """Arrays by name, each process reading its parts; what `save.write_arrays` wrote, in this form or another.
+
+    Args:
+        stored: an array by its name on disk, e.g. `ArrayReader(folder).array`.
+        targets: shape, dtype and sharding (None: the default device) by name in memory; "layers.q_proj" is a stack [L, ...].
+        on_disk: shapes of arrays that have rows of padding, zeros, in memory.
+        then: called with each array in the order of targets, the same in all processes; its result takes the array's place,
+            and so few arrays are read ahead of it that they are not in memory together.
+
+    Raises:
+        LlamaError: an array is missing, damaged, or has another shape.
+    """
+
+    def read(name: str) -> jax.Array:
+        target = targets[name]
+        each = stored_names(name, target.shape)
+        shape = (on_disk or {}).get(name, target.shape[1:] if each != [name] else target.shape)
+        arrays = [stored(one) for one in each]
+        for one, array in zip(each, arrays, strict=True):
+            if array.shape != tuple(shape):
+                raise LlamaError(
+                    ExitCode.WRONG_SHAPE,
+                    f"array {one!r} has shape {list(array.shape)}, expected {list(shape)}: the checkpoint is of another model "
+                    "than the config",
+                )
+        return _place(arrays, target, stacked=each != [name])
+
+    ahead = len(targets) if then is None else THREADS
+    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    try:
+        done = zip(targets, _in_order(pool, read, targets, ahead), strict=True)
+        return {name: array if then is None else then(name, array) for name, array in done}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_part(arrays: Sequence[Stored], ranges: Ranges, dtype: np.dtype, *, stacked: bool = False) -> np.ndarray:
+    """A part of an array in memory; what lies beyond the rows on disk is zero.
+
+    Args:
+        arrays: one, or those of all layers.
+        ranges: of the array in memory, with an axis of layers first when stacked.
+    """
+    if stacked:
+        (first, last), *rest = ranges
+        out = np.empty([hi - lo for lo, hi in ranges], dtype)
+        for i in range(first, last):
+            out[i - first] = read_part(arrays[i : i + 1], tuple(rest), dtype)
+        return out
+    (array,) = arrays
+    inside = tuple(slice(lo, min(hi, size)) for (lo, hi), size in zip(ranges, array.shape, strict=True))
+    if all(part.stop == hi for part, (_, hi) in zip(inside, ranges, strict=True)):
+        return array.read(inside).astype(dtype, copy=False)
+    out = np.zeros([hi - lo for lo, hi in ranges], dtype)
+    if all(part.start < part.stop for part in inside):
+        out[tuple(slice(part.stop - part.start) for part in inside)] = array.read(inside)
+    return out
+
+
+def _place(arrays: Sequence[Stored], target: jax.ShapeDtypeStruct, *, stacked: bool) -> jax.Array:
+    """The array in memory; a part that several devices hold is read once."""
+
+    @functools.cache
+    def part(ranges: Ranges) -> np.ndarray:
+        return read_part(arrays, ranges, target.dtype, stacked=stacked)
+
+    def ranges(index: tuple[slice, ...]) -> Ranges:
+        return tuple(axis.indices(size)[:2] for axis, size in zip(index, target.shape, strict=True))
+
+    if target.sharding is None:
+        placed = jax.device_put(part(tuple((0, size) for size in target.shape)))
+    else:
+        placed = jax.make_array_from_callback(target.shape, target.sharding, lambda index: part(ranges(index)))
+    for array in arrays:
+        array.release()
+    return placed
+
+
+def _in_order(
+    pool: concurrent.futures.Executor, read: Callable[[str], jax.Array], wanted: Sequence[str], ahead: int
+) -> Iterator[jax.Array]:
+    """read(name) for each, so many at most begun or waiting to be taken."""
+    waiting = collections.deque()
+    for name in wanted:
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+        waiting.append(pool.submit(read, name))
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _targets(cfg: ModelConfig, dtype: np.dtype, mesh: Mesh | None, scan: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """What is wanted of each parameter. Without a mesh no axes are needed, which take a trace of the model to find."""
+    rows = padded_vocab(cfg.vocab_size, 1 if mesh is None else mesh.shape["tensor"])
+    in_memory = shapes(dataclasses.replace(cfg, vocab_size=rows))
+    axes = {} if mesh is None else to_flat(param_axes(cfg, scan=scan))
+    targets = {}
+    for name, _ in names(cfg, META):
+        shape = in_memory[leaf_of(name)]
+        if scan and name.startswith("layers."):
+            name, shape = f"layers.{leaf_of(name)}", (cfg.num_layers, *shape)
+        place = None if mesh is None else sharding(mesh, axes[name], shape)
+        targets[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    return targets
+
+
+def _rounding(cfg: ModelConfig, mesh: Mesh | None, scan: bool) -> Callable[[str, jax.Array], jax.Array | QArray]:
+    """A function of name and array: the array in int8 where it lies, if it is one of those. The float array can go then."""
+    axes = {} if mesh is None else to_flat(quantize_axes(param_axes(cfg, scan=scan)))
+
+    def rounded(name: str, array: jax.Array) -> jax.Array | QArray:
+        f = functools.partial(quantize_leaf, leaf_of(name))
+        parts = jax.eval_shape(f, array)
+        if not isinstance(parts, QArray):
+            return array
+        places = mesh and QArray(*(sharding(mesh, axis, part.shape) for axis, part in zip(axes[name], parts, strict=True)))
+        return jax.block_until_ready(jax.jit(quantize_leaf, static_argnums=0, out_shardings=places)(leaf_of(name), array))
+
+    return rounded

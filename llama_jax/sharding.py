@@ -4,7 +4,8 @@ Every parameter, cache and batch array names its axes; where an axis lies on the
 here and nowhere else. The checkpoint cuts its chunks along the same axes, so that a device reads little more than its part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,12 +25,14 @@ RULES: dict[str, str | tuple[str, ...] | None] = {  # None: whole on every devic
     "head_dim": None,
     "norm": None,
     "length": None,
+    "residual_length": "tensor",  # between layers every device keeps its part of the sequence; whole where it does not divide
     "cache_length": None,
     "act_embed": None,  # embed of activations and of gathered weights
     "layers": None,
     "lora_rank": None,
     "group": None,  # of a quantised weight's scales
 }
+MAY_BE_WHOLE = ("kv_heads", "residual_length")
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -71,12 +74,53 @@ def sharding(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> N
     return NamedSharding(mesh, _fitted(spec(*names), names, shape, mesh.shape["tensor"]))
 
 
+def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """Where every array of a tree lies, from the trees of its logical axes and of its shapes."""
+    return jax.tree.map(lambda leaf, names: sharding(mesh, names, leaf.shape), shapes, axes)
+
+
 def constrain(x: Array, *names: str | None) -> Array:
     """Tells the partitioner where x lies; nothing without a mesh (jax.set_mesh)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not is_partitioned():
         return x
-    return jax.lax.with_sharding_constraint(x, _fitted(spec(*names), names, x.shape, mesh.shape["tensor"]))
+    return jax.lax.with_sharding_constraint(x, _fitted(spec(*names), names, x.shape, mesh_axis_size("tensor")))
+
+
+def per_device(f: Callable, inputs: Sequence[Sequence[str]], outputs: Any) -> Callable:
+    """f run by every device on its own part of the arrays, for what the partitioner would take apart wrongly.
+
+    Args:
+        f: a function of arrays; the mesh must divide their axes.
+        inputs: logical axes of each argument (None arguments have no part in it).
+        outputs: logical axes of the result, or a tuple of them per result.
+    """
+    if not is_partitioned():
+        return f
+
+    def place(names: Any) -> Any:
+        return spec(*names) if all(isinstance(name, str) for name in names) else tuple(map(place, names))
+
+    def run(*args: Array | None) -> Any:
+        specs = tuple(None if arg is None else place(names) for arg, names in zip(args, inputs, strict=True))
+        return jax.shard_map(f, in_specs=specs, out_specs=place(outputs), check_vma=False)(*args)
+
+    return run
+
+
+def sum_and_scatter(gradient: Array, axis: int) -> Array:
+    """Inside per_device: the sum of every device's gradient of a weight, each device keeping its part of embed.
+
+    Args:
+        gradient: whole along `axis`, the weight's embed.
+    """
+    gradient = jax.lax.psum_scatter(gradient, RULES["embed"], scatter_dimension=axis, tiled=True)
+    return jax.lax.psum(gradient, "data")
+
+
+def is_partitioned() -> bool:
+    """Whether the program is traced for several devices (jax.set_mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
 
 
 def mesh_axis_size(name: str) -> int:
@@ -86,7 +130,7 @@ def mesh_axis_size(name: str) -> int:
 
 
 def _fitted(spec: PartitionSpec, names: Sequence[str | None], shape: Sequence[int], tensor: int) -> PartitionSpec:
-    """Key/value heads fewer than devices are whole on each; every other size was checked when the mesh was."""
+    """Key/value heads fewer than devices, and sequences too short, are whole on each; all else was checked with the mesh."""
     assert len(names) == len(shape), (names, shape)
     pairs = zip(spec, names, shape, strict=True)
-    return PartitionSpec(*(None if name == "kv_heads" and size % tensor else axis for axis, name, size in pairs))
+    return PartitionSpec(*(None if name in MAY_BE_WHOLE and size % tensor else axis for axis, name, size in pairs))

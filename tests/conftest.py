@@ -1,4 +1,5 @@
-"""What every test runs under: matrix products in full float32, examples of hypothesis that are the same on every run."""
+"""What every test runs under: matrix products in full float32, eight CPU devices to build meshes of, and examples of hypothesis
+that are the same on every run."""
 
 import pathlib
 
@@ -8,6 +9,7 @@ import pytest
 
 # A TPU multiplies float32 in bfloat16 unless told otherwise (jax-ml/jax#1856): parity at 1e-5 would be lost.
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_num_cpu_devices", 8)
 
 hypothesis.settings.register_profile("llama_jax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("llama_jax")

@@ -1,6 +1,5 @@
 """A loaded model: generate, stream, chat, score, logits."""
 
-import concurrent.futures
 import dataclasses
 import os
 import sys
@@ -12,22 +11,25 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
-from llama_jax.checkpoint.layout import META, names
-from llama_jax.checkpoint.store import DTYPES, Checkpoint, to_tree
+from llama_jax.checkpoint.load import load_params
+from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
-from llama_jax.generation import programs
 from llama_jax.generation.answer import Answer, Completion
-from llama_jax.generation.engine import MIN_PROMPT_BUCKET, Engine, bucket
+from llama_jax.generation.engine import Engine
 from llama_jax.generation.request import Row, Settings, make_row
 from llama_jax.generation.state import MAX_TOP_LOGPROBS, Output
+from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.model import Params
+from llama_jax.sharding import make_mesh
 from llama_jax.text import chat, infill
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 CACHE_DIR = "~/.cache/llama_jax"
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+QUANTIZE = ("", "int8")
 STREAM_PACE_SECONDS = 0.1
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -36,19 +38,24 @@ Message = Mapping[str, Any]
 def load(
     checkpoint: epath.PathLike,
     *,
+    mesh: MeshShape | Mapping[str, int] | None = None,
     dtype: str = "auto",
+    quantize: str = "",
     max_length: int = 0,
     tokenizer: str | Path | None = None,
     batch_size: int = 16,
 ) -> "Llama":
-    """Loads a checkpoint onto the default device.
+    """Loads a checkpoint onto the default device, or spread over a mesh of all devices of all processes.
 
     Compiled programs are kept in ~/.cache/llama_jax, or where JAX_COMPILATION_CACHE_DIR says, and found again by later runs.
 
     Args:
         checkpoint: a directory made by llama_jax.convert, or the WORKDIR of a training run.
+        mesh: sizes of its axes, e.g. {"tensor": 8} or {"tensor": -1}, as far as the model allows; every device then reads
+            and holds its own part. None: one device.
         dtype: of weights, activations and cache: bfloat16, float16, float32, or "auto": as stored, except that float16 becomes
             bfloat16, which every accelerator multiplies, and float64 becomes float32.
+        quantize: "int8" rounds projections and head to 8 bits, a scale per output channel; "" does not.
         max_length: tokens of prompt and answer together; the model's context when 0.
         tokenizer: its file or folder, when the checkpoint has none.
         batch_size: the most sequences generated at once; more wait their turn.
@@ -65,6 +72,8 @@ def load(
         raise LlamaError(
             ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
         )
+    if quantize not in QUANTIZE:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected int8, or nothing for none")
     if batch_size < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
     if max_length > opened.config.max_length:
@@ -73,9 +82,11 @@ def load(
             file=sys.stderr,
         )
     _keep_compiled_programs()
+    devices = _mesh(opened.config, mesh)
     return Llama(
         config=opened.config,
-        params=load_params(opened, DTYPES[dtype]),
+        params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize),
+        mesh=devices,
         tokenizer=_load_tokenizer(opened, tokenizer),
         chat_format=opened.chat_format,
         max_length=max_length or opened.config.max_length,
@@ -83,16 +94,21 @@ def load(
     )
 
 
-def load_params(checkpoint: Checkpoint, dtype: np.dtype) -> Params:
-    """The parameters on the default device: each array is read, cast and sent on its own."""
-    reader = checkpoint.arrays()
-
-    def read(name: str) -> jax.Array:
-        return jax.device_put(reader.read(name).astype(dtype, copy=False))
-
-    wanted = [ours for ours, _ in names(checkpoint.config, META)]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return to_tree(dict(zip(wanted, pool.map(read, wanted), strict=True)))
+def _mesh(cfg: ModelConfig, wanted: MeshShape | Mapping[str, int] | None) -> Mesh | None:
+    if wanted is None:
+        return None
+    if not isinstance(wanted, MeshShape):
+        known = [field.name for field in dataclasses.fields(MeshShape)]
+        if unknown := [str(name) for name in wanted if name not in known]:
+            raise LlamaError(ExitCode.BAD_MESH, f"no such mesh axis: {', '.join(unknown)}; there are {', '.join(known)}")
+        wanted = MeshShape(**wanted)
+    shape = resolve_mesh(cfg, wanted, jax.device_count())
+    if wanted.tensor == -1 and shape.data > wanted.data:
+        print(
+            f"note: tensor={shape.tensor} is the most this model allows; the other devices hold copies: {shape}",
+            file=sys.stderr,
+        )
+    return None if shape.num_devices == 1 else make_mesh(shape)
 
 
 class Llama:
@@ -104,6 +120,8 @@ class Llama:
         tokenizer: None when the checkpoint has none; prompts are then token ids.
         chat_format: "" for a base model.
         max_length: tokens of prompt and answer together.
+        batch_size: the most sequences generated at once.
+        mesh: what params lie on; None for one device.
     """
 
     def __init__(
@@ -115,6 +133,7 @@ class Llama:
         chat_format: str = "",
         max_length: int | None = None,
         batch_size: int = 16,
+        mesh: Mesh | None = None,
     ):
         self.config = config
         self.params = params
@@ -122,7 +141,7 @@ class Llama:
         self.chat_format = chat_format
         self.max_length = max_length or config.max_length
         self.batch_size = batch_size
-        self.engine = Engine(config, params, self.max_length)
+        self.engine = Engine(config, params, self.max_length, mesh)
 
     def generate(
         self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings] | None = None, **changes: Any
@@ -239,11 +258,8 @@ class Llama:
             raise LlamaError(
                 ExitCode.BAD_REQUEST, f"tokens are {came}, expected integers [B, T] with T from 1 to {self.max_length:,}"
             )
-        B, T = tokens.shape
-        padded = np.zeros((bucket(B, 2**20), bucket(T, self.max_length, MIN_PROMPT_BUCKET)), np.int32)
-        padded[:B, :T] = np.reshape(self._check_ids(tokens.reshape(-1)), (B, T))
-        lengths = np.full(len(padded), T, np.int32)
-        return np.asarray(programs.all_logits(self.config, self.params, padded, lengths)[:B, :T])
+        self._check_ids(tokens.reshape(-1))
+        return self.engine.logits(tokens)
 
     def _run(self, answers: Sequence[Answer], pace_seconds: float | None = None) -> Iterator[tuple[int, str]]:
         """Generates a batch; yields (index, new text) for rows with news."""

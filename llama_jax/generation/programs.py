@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from llama_jax.config import ModelConfig
-from llama_jax.generation.state import Controls, DecodeState, Output, new_history, row_keys
+from llama_jax.generation.state import Controls, DecodeState, Output, new_history, place, replicate, row_keys
 from llama_jax.model import Params, grow_cache, hidden_states, logits
-from llama_jax.ops.sampling import penalise, sample
+from llama_jax.ops.sampling import penalise, sample, top_k
+from llama_jax.sharding import constrain
 
 CHUNK = 32  # the most tokens one decode call makes
 SCORE_SLICE = 64  # positions whose logits exist at once
@@ -34,7 +35,8 @@ def prefill(
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     x, cache = hidden_states(cfg, params, tokens, positions, rope_length=controls.rope_length)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    # A sum of one position and zeros, where indexing would gather a sequence that lies on several devices.
+    last = jnp.sum(jnp.where((positions == lengths[:, None] - 1)[..., None], x, 0), axis=1, keepdims=True)
     state = DecodeState(
         last_token=jnp.zeros(B, jnp.int32),
         lengths=lengths,
@@ -44,8 +46,8 @@ def prefill(
         controls=controls,
         history=None if controls.bias is None else new_history(tokens, lengths, controls.bias),
     )
-    state, output = _choose(state, logits(cfg, params, last)[:, 0], num_top)
-    return state, jax.tree.map(lambda x: x[:, None], output)
+    state, output = _choose(cfg, state, logits(cfg, params, last)[:, 0], num_top)
+    return place(state), replicate(jax.tree.map(lambda x: x[:, None], output))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "num_top"), donate_argnames="state")
@@ -78,23 +80,23 @@ def decode(
         step, state, outputs = carry
         state, output = _decode_step(cfg, params, state, num_top)
         outputs = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, step, 1), outputs, output)
-        return step + 1, state, outputs
+        return step + 1, place(state), replicate(outputs)
 
-    state = dataclasses.replace(state, done=state.done | halt)
-    _, state, outputs = jax.lax.while_loop(more, body, (jnp.int32(0), state, empty))
-    return state, outputs
+    state = place(dataclasses.replace(state, done=state.done | halt))
+    _, state, outputs = jax.lax.while_loop(more, body, (jnp.int32(0), state, replicate(empty)))
+    return place(state), replicate(outputs)
 
 
 @functools.partial(jax.jit, static_argnames="cache_length")
 def grow(state: DecodeState, *, cache_length: int) -> DecodeState:
     """The same state with a longer cache."""
-    return dataclasses.replace(state, cache=grow_cache(state.cache, cache_length))
+    return place(dataclasses.replace(state, cache=grow_cache(state.cache, cache_length)))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def insert(state: DecodeState, slot: Array, row: DecodeState) -> DecodeState:
     """Puts a sequence that was prefilled alone (B = 1, the same cache length) into a row of a batch, in place."""
-    return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one[0], slot, 0), state, row)
+    return place(jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one[0], slot, 0), state, row))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "num_top"))
@@ -108,6 +110,7 @@ def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *
     x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length)
     slices = -(-T // SCORE_SLICE)
     pad = slices * SCORE_SLICE - T
+    x = constrain(x, "batch", "length", "act_embed")
     x = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, slices, SCORE_SLICE, -1)
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad + 1))).reshape(B, slices, SCORE_SLICE)
 
@@ -115,14 +118,16 @@ def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *
         return _report(logits(cfg, params, x[:, i]), targets[:, i], num_top)
 
     outputs = jax.lax.map(score_slice, jnp.arange(slices))  # [slices, B, SCORE_SLICE, ...]
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, slices * SCORE_SLICE, *x.shape[3:])[:, : T - 1], outputs)
+    rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, slices * SCORE_SLICE, *x.shape[3:])[:, : T - 1], outputs)
+    return replicate(rows)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def all_logits(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array) -> Array:
     """[B, T] -> [B, T, V] float32."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return logits(cfg, params, hidden_states(cfg, params, tokens, positions, rope_length=rope_length)[0])
+    x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length)
+    return constrain(logits(cfg, params, x)[..., : cfg.vocab_size], None, None, None)
 
 
 def _decode_step(cfg: ModelConfig, params: Params, state: DecodeState, num_top: int) -> tuple[DecodeState, Output]:
@@ -131,15 +136,16 @@ def _decode_step(cfg: ModelConfig, params: Params, state: DecodeState, num_top: 
     )
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
     state = dataclasses.replace(state, cache=cache, lengths=lengths)
-    return _choose(state, logits(cfg, params, x)[:, 0], num_top)
+    return _choose(cfg, state, logits(cfg, params, x)[:, 0], num_top)
 
 
-def _choose(state: DecodeState, raw: Array, num_top: int) -> tuple[DecodeState, Output]:
+def _choose(cfg: ModelConfig, state: DecodeState, raw: Array, num_top: int) -> tuple[DecodeState, Output]:
     """Samples the token that follows `lengths` tokens, reports it and decides which rows end with it.
 
     Args:
-        raw: [B, V] float32 logits.
+        raw: [B, V'] float32 logits; gathered here, once a step: sampling needs a row whole.
     """
+    raw = constrain(raw, "batch", None)[:, : cfg.vocab_size]
     controls, history = state.controls, state.history
     adjusted = raw if history is None else penalise(raw, history, controls.sampling)
     token = sample(adjusted, row_keys(controls.seed, state.lengths), controls.sampling)
@@ -156,6 +162,7 @@ def _choose(state: DecodeState, raw: Array, num_top: int) -> tuple[DecodeState, 
 def _report(raw: Array, token: Array, num_top: int) -> Output:
     """Tokens [...] with their log-probabilities [...] and the likeliest alternatives [..., num_top]; raw: [..., V]."""
     normaliser = jax.nn.logsumexp(raw, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(raw, token[..., None], axis=-1) - normaliser
-    top, ids = jax.lax.top_k(raw, num_top)
-    return Output(token, chosen[..., 0], ids.astype(jnp.int32), top - normaliser)
+    # A sum of one logit and zeros, where indexing would gather a vocabulary that lies on several devices.
+    chosen = jnp.sum(jnp.where(jnp.arange(raw.shape[-1]) == token[..., None], raw, 0), axis=-1, keepdims=True) - normaliser
+    top, ids = top_k(raw, num_top)
+    return Output(token, chosen[..., 0], ids, top - normaliser)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from llama_jax.model import KVCache
+from llama_jax.model import CACHE_AXES, KVCache, LayerCache
 from llama_jax.ops.sampling import History, Sampling
+from llama_jax.sharding import constrain
 
 MAX_STOP_IDS = 8
 MAX_TOP_LOGPROBS = 20
@@ -69,6 +70,26 @@ class Output(NamedTuple):
     logprobs: Array
     top_ids: Array
     top_logprobs: Array
+
+
+def state_axes(state: DecodeState) -> DecodeState:
+    """Logical axes of every array of a state: rows are divided over data and fsdp, key/value heads over tensor."""
+    rows = jax.tree.map(lambda x: ("batch",) + (None,) * (x.ndim - 1), dataclasses.replace(state, cache=[]))
+    return dataclasses.replace(rows, cache=[LayerCache(CACHE_AXES, CACHE_AXES) for _ in state.cache])
+
+
+def place(state: DecodeState) -> DecodeState:
+    """Keeps a state where it belongs on the mesh, so that the next step finds, and overwrites, it there."""
+    return jax.tree.map(lambda axes, x: constrain(x, *axes), state_axes(state), state, is_leaf=_is_axes)
+
+
+def replicate(output: Output) -> Output:
+    """Every process reads all tokens, so that all stop alike."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), output)
+
+
+def _is_axes(leaf: object) -> bool:
+    return type(leaf) is tuple
 
 
 def row_keys(seed: Array, positions: Array) -> Array:

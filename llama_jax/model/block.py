@@ -4,11 +4,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
-from llama_jax.model.cache import LayerCache, write
-from llama_jax.ops.attention import attend
-from llama_jax.ops.linear import project
+from llama_jax.model.cache import LayerCache, repeat_heads, write
+from llama_jax.ops.attention import attend, attend_causal
+from llama_jax.ops.linear import WEIGHT_AXES, project_each
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.rope import rotate
 
@@ -23,7 +24,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, cos: Array, sin: Array, cache: LayerCache | None
+        self,
+        x: Array,
+        positions: Array,
+        cos: Array,
+        sin: Array,
+        cache: LayerCache | None,
+        segment_ids: Array | None = None,
     ) -> tuple[Array, LayerCache]:
         """Returns x and the cache with this call's keys and values in it.
 
@@ -31,27 +38,43 @@ class Block(nn.Module):
             x: [B, T, D].
             positions: [B, T]; a token's place in its sequence, and in the cache; consecutive.
             cos, sin: [B, T, H/2], of these positions.
-            cache: k, v [B, K, S, H]; without one, queries see the keys of this call, and these are the cache returned.
+            cache: k, v [B, K', S, H]; without one, queries see the keys of this call, and these are the cache returned.
+            segment_ids: [B, T] of rows that hold several sequences; without a cache.
         """
-        D, N, K, H, F = (getattr(self.cfg, f) for f in ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"))
-
+        D = self.cfg.embed_dim
         y = rms_norm(x, self.weight("attn_norm", (D,), ("norm",)), self.cfg.norm_eps)
-        q = project("BTD,NHD->BTNH", y, self.weight("q_proj", (N, H, D), ("heads", "head_dim", "embed")))
-        k = project("BTD,KHD->BTKH", y, self.weight("k_proj", (K, H, D), ("kv_heads", "head_dim", "embed")))
-        v = project("BTD,KHD->BTKH", y, self.weight("v_proj", (K, H, D), ("kv_heads", "head_dim", "embed")))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self.project(y, q_proj="BTD,NHD->BTNH", k_proj="BTD,KHD->BTKH", v_proj="BTD,KHD->BTKH")
+        q, k = rotate(q, cos, sin), repeat_heads(rotate(k, cos, sin))
+        v = repeat_heads(v)
         if cache is None:
-            cache, key_positions = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2)), positions[:, None, :]
+            y, cache = attend_causal(q, k, v, segment_ids), LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
-            cache, key_positions = write(cache, k, v, positions[:, 0]), jnp.arange(cache.k.shape[2])
-        y = attend(q, cache.k, cache.v, key_positions <= positions[:, :, None])
-        x = x + project("BTNH,DNH->BTD", y, self.weight("o_proj", (D, N, H), ("embed", "heads", "head_dim")))
+            cache = write(cache, k, v, positions[:, 0])
+            y = attend(q, cache.k, cache.v, jnp.arange(cache.k.shape[2]) <= positions[:, :, None])
+        x = x + self.project(y, o_proj="BTNH,DNH->BTD")[0]
 
         y = rms_norm(x, self.weight("mlp_norm", (D,), ("norm",)), self.cfg.norm_eps)
-        gate = project("BTD,FD->BTF", y, self.weight("gate_proj", (F, D), ("mlp", "embed")))
-        up = project("BTD,FD->BTF", y, self.weight("up_proj", (F, D), ("mlp", "embed")))
+        gate, up = self.project(y, gate_proj="BTD,FD->BTF", up_proj="BTD,FD->BTF")
         y = jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
-        return x + project("BTF,DF->BTD", y, self.weight("down_proj", (D, F), ("embed", "mlp"))), cache
+        return x + self.project(y, down_proj="BTF,DF->BTD")[0], cache
+
+    def project(self, x: Array, **equations: str) -> tuple[Array, ...]:
+        """Products of x with the weights of these names; results carry the names, too, for policies that save them.
+
+        The letters of an equation are the shape of its weight, and its logical axes.
+        """
+        sizes = dict(zip("DNKHF", self.sizes(), strict=True))
+        weights = []
+        for name, equation in equations.items():
+            letters = equation.split("->")[0].split(",")[1]
+            axes = tuple(WEIGHT_AXES[letter] for letter in letters)
+            weights.append(self.weight(name, tuple(sizes[letter] for letter in letters), axes))
+        results = project_each(tuple(equations.values()), x, weights)
+        return tuple(checkpoint_name(y, name) for name, y in zip(equations, results, strict=True))
+
+    def sizes(self) -> tuple[int, ...]:
+        """D, N, K, H, F."""
+        return tuple(getattr(self.cfg, f) for f in ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"))
 
     def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
         """A parameter under this name, its axes carrying logical names (llama_jax.sharding)."""

@@ -1,24 +1,30 @@
-"""The whole model as functions over a tree of parameters; embedding [V, D], layers (a list of dicts with the names
-and shapes of Block), final_norm [D], and lm_head [V, D] unless the head is tied."""
+"""The whole model as functions over a tree of parameters (llama_jax.model.params)."""
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_policies
 from jax.typing import DTypeLike
 
 from llama_jax.config import ModelConfig
-from llama_jax.model.block import INIT_STDDEV, Block
+from llama_jax.model.block import Block
 from llama_jax.model.cache import KVCache
-from llama_jax.ops.linear import project
+from llama_jax.model.params import Params
+from llama_jax.ops.attention import MASKED
+from llama_jax.ops.linear import QArray, lookup, project
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.rope import rope_angles
 
-Params = Mapping[str, Any]
+# What a backward pass finds in memory; the rest of a layer is computed again. The layers' inputs are always kept.
+REMAT_POLICIES = {
+    "none": None,
+    "full": checkpoint_policies.nothing_saveable,
+    "projections": checkpoint_policies.save_only_these_names(
+        "q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj"
+    ),
+}
 
 
 def hidden_states(
@@ -49,15 +55,64 @@ def hidden_states(
     return x, caches
 
 
-def embed(params: Params, tokens: Array) -> Array:
-    """[B, T] -> [B, T, D]."""
-    return params["embedding"][tokens]
+def train_states(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    segment_ids: Array | None = None,
+    *,
+    dtype: DTypeLike,
+    remat: str,
+) -> Array:
+    """hidden_states for training: no cache, in a compute dtype, remembering for the backward pass what `remat` says.
+
+    Args:
+        params: `layers` a list (unrolled: GPUs), or one dict of [L, ...] (scanned: TPUs, which compile and schedule one layer).
+        positions: [B, T], from 0 in each segment.
+        segment_ids: [B, T] where rows hold several sequences.
+        dtype: of activations; parameters are cast where they are used, inside the layer.
+        remat: a key of REMAT_POLICIES.
+
+    Returns:
+        [B, T, D] before the final norm.
+    """
+    cos, sin = rope_angles(cfg, positions, tokens.shape[1])
+
+    def layer(x: Array, weights: Params) -> tuple[Array, None]:
+        return Block(cfg).apply({"params": weights}, x, positions, cos, sin, None, segment_ids)[0], None
+
+    scanned = not isinstance(params["layers"], list)
+    layer = _rematerialised(layer, remat, prevent_cse=not scanned)  # a scan's body cannot be merged with another anyway
+    x = embed(params, tokens, dtype)
+    if scanned:
+        return jax.lax.scan(layer, x, params["layers"])[0]
+    for weights in params["layers"]:
+        x, _ = layer(x, weights)
+    return x
+
+
+def embed(params: Params, tokens: Array, dtype: DTypeLike | None = None) -> Array:
+    """[B, T] -> [B, T, D] in a dtype (the table's when not given), which is then what the layers compute in."""
+    return lookup(params["embedding"], tokens, dtype or params["embedding"].dtype)
 
 
 def logits(cfg: ModelConfig, params: Params, x: Array) -> Array:
-    """Final norm and head: [B, T, D] -> [B, T, V] float32."""
+    """Final norm and head: [B, T, D] -> [B, T, V'] float32; rows that only pad the vocabulary are never likely."""
     x = rms_norm(x, params["final_norm"], cfg.norm_eps)
-    return project("BTD,VD->BTV", x, params["embedding"] if cfg.tied_head else params["lm_head"], jnp.float32)
+    return mask_padding(cfg, project("BTD,VD->BTV", x, head(cfg, params), jnp.float32))
+
+
+def head(cfg: ModelConfig, params: Params) -> Array | QArray:
+    """The output projection [V', D]."""
+    return params["embedding"] if cfg.tied_head else params["lm_head"]
+
+
+def mask_padding(cfg: ModelConfig, scores: Array) -> Array:
+    """[..., V'], what lies beyond the vocabulary at the lowest value."""
+    if scores.shape[-1] == cfg.vocab_size:
+        return scores
+    return jnp.where(jnp.arange(scores.shape[-1]) < cfg.vocab_size, scores, MASKED)
 
 
 def forward(cfg: ModelConfig, params: Params, tokens: Array, positions: Array | None = None) -> Array:
@@ -65,54 +120,11 @@ def forward(cfg: ModelConfig, params: Params, tokens: Array, positions: Array | 
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     length = positions[:, -1] + 1  # one sequence a row, in order
-    return logits(cfg, params, hidden_states(cfg, params, tokens, positions, rope_length=length)[0])
+    x, _ = hidden_states(cfg, params, tokens, positions, rope_length=length)
+    return logits(cfg, params, x)[..., : cfg.vocab_size]
 
 
-def init_params(cfg: ModelConfig, key: Array, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """Random parameters: normal with standard deviation 0.02, norms 1."""
-    tables_key, layers_key = jax.random.split(key)
-    stacked = jax.vmap(functools.partial(_init_layer, cfg, dtype=dtype))(jax.random.split(layers_key, cfg.num_layers))
-    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], nn.unbox(stacked)) for i in range(cfg.num_layers)]
-    return nn.unbox(_init_tables(cfg, tables_key, dtype)) | {"layers": layers}
-
-
-def param_shapes(cfg: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """The tree of ShapeDtypeStructs; allocates nothing."""
-    return _per_leaf(cfg, dtype, nn.unbox)
-
-
-def param_axes(cfg: ModelConfig) -> dict[str, Any]:
-    """The same tree with a tuple of logical axis names in the place of each array."""
-    return _per_leaf(cfg, jnp.float32, lambda box: box.names)
-
-
-def _per_leaf(cfg: ModelConfig, dtype: DTypeLike, read: Callable[[nn.LogicallyPartitioned], Any]) -> dict[str, Any]:
-    """The parameter tree with `read` of each boxed ShapeDtypeStruct; layers are alike, so one is traced."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    tables, layer = (
-        jax.tree.map(read, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
-        for boxed in (
-            jax.eval_shape(lambda key: _init_tables(cfg, key, dtype), key),
-            jax.eval_shape(lambda key: _init_layer(cfg, key, dtype), key),
-        )
-    )
-    return tables | {"layers": [dict(layer) for _ in range(cfg.num_layers)]}
-
-
-def _init_layer(cfg: ModelConfig, key: Array, dtype: DTypeLike) -> dict[str, nn.LogicallyPartitioned]:
-    x, positions = jnp.zeros((1, 1, cfg.embed_dim), dtype), jnp.zeros((1, 1), jnp.int32)
-    angles = jnp.zeros((1, 1, cfg.head_dim // 2))
-    return Block(cfg, dtype).init(key, x, positions, angles, angles, None)["params"]
-
-
-def _init_tables(cfg: ModelConfig, key: Array, dtype: DTypeLike) -> dict[str, nn.LogicallyPartitioned]:
-    def table(key: Array) -> nn.LogicallyPartitioned:
-        values = nn.initializers.normal(INIT_STDDEV)(key, (cfg.vocab_size, cfg.embed_dim), dtype)
-        return nn.LogicallyPartitioned(values, ("vocab", "embed"))
-
-    embedding_key, head_key = jax.random.split(key)
-    tables = {
-        "embedding": table(embedding_key),
-        "final_norm": nn.LogicallyPartitioned(jnp.ones(cfg.embed_dim, dtype), ("norm",)),
-    }
-    return tables if cfg.tied_head else tables | {"lm_head": table(head_key)}
+def _rematerialised(layer: Callable, remat: str, *, prevent_cse: bool) -> Callable:
+    if remat == "none":
+        return layer
+    return jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)

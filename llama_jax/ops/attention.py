@@ -4,10 +4,37 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from llama_jax.ops.kernels import splash
 from llama_jax.ops.linear import precision
+from llama_jax.sharding import per_device
 
 # Finite, so that a row that may look nowhere stays finite (a softmax of all -inf is NaN and spreads through the batch).
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None) -> Array:
+    """Attention of whole sequences to themselves: a token sees those before it, and itself.
+
+    Args:
+        q: [B, T, N, H], rotated.
+        k, v: [B, T, K, H], k rotated; N is a multiple of K.
+        segment_ids: [B, T] where rows hold several sequences: a token sees its own only.
+
+    Returns:
+        [B, T, N, H] in v's dtype.
+    """
+
+    def plain(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        mask = jnp.tril(jnp.ones((q.shape[1],) * 2, bool))[None]
+        if segment_ids is not None:
+            mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+
+    if not splash.supports(q.shape[1], q.shape[3]):
+        return plain(q, k, v, segment_ids)
+    heads, kv_heads = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
+    on_tpu = per_device(splash.attend_splash, (heads, kv_heads, kv_heads, ("batch", "length")), heads)
+    return jax.lax.platform_dependent(q, k, v, segment_ids, tpu=on_tpu, default=plain)
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -19,7 +46,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     Args:
         q: [B, T, N, H], rotated.
         k, v: [B, K, S, H], k rotated; N is a multiple of K.
-        mask: [B, T, S] bool, True where a query may look.
+        mask: [B or 1, T, S] bool, True where a query may look.
 
     Returns:
         [B, T, N, H] in v's dtype. A row that may look nowhere returns the mean of v; leave it out of the loss.

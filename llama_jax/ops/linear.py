@@ -1,27 +1,183 @@
-"""Matrix products with weights."""
+"""Products with weights: projections, and the lookup of embeddings."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from llama_jax.sharding import RULES, constrain, is_partitioned, mesh_axis_size, per_device, sum_and_scatter
 
-def project(equation: str, x: Array, weight: Array, dtype: DTypeLike | None = None) -> Array:
+# Logical axes by the letters of einsum equations: what a weight's or an activation's axes are is written once, there.
+WEIGHT_AXES = {
+    "D": "embed", "N": "heads", "K": "kv_heads", "H": "head_dim", "F": "mlp", "V": "vocab", "R": "lora_rank",
+}  # fmt: skip
+GATHERED_AXES = WEIGHT_AXES | {"D": "act_embed"}  # of a weight whole over fsdp
+ACTIVATION_AXES = GATHERED_AXES | {"B": "batch", "T": "length"}
+RESIDUAL_AXES = ACTIVATION_AXES | {"T": "residual_length"}  # of "BTD": what norms and additions work on
+
+
+class QArray(NamedTuple):
+    """A weight in int8: value * scale, one scale per output channel.
+
+    Attributes:
+        value: [out..., in...] int8, in the place and shape of the float weight.
+        scale: [out..., 1] float32.
+    """
+
+    value: Array
+    scale: Array
+
+
+def quantize(weight: Array, num_inputs: int) -> QArray:
+    """Rounds a weight [out..., in...] to the nearest of 255 levels, symmetric about 0, largest magnitude per output at 127.
+
+    Args:
+        num_inputs: how many of the last axes are inputs.
+    """
+    axes = tuple(range(weight.ndim - num_inputs, weight.ndim))
+    w = weight.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(w), axis=axes, keepdims=True) / 127
+    value = jnp.round(w / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    return QArray(value, scale.reshape(*weight.shape[: weight.ndim - num_inputs], 1))
+
+
+def project(equation: str, x: Array, weight: Array | QArray, dtype: DTypeLike | None = None) -> Array:
     """Contracts activations with a weight kept as `[out..., in...]`, PyTorch's orientation.
 
     Operands are in x's dtype, the sum is float32 (a bfloat16 sum of 4,096 products keeps two digits), and the result is cast
-    once, at the end.
+    once, at the end. So in the backward pass: the cotangent is cast to x's dtype before both products, which then are what the
+    matrix units multiply fast (autodiff alone would multiply in float32), and the weight's gradient is their float32 sum. On a
+    mesh the weight is gathered over fsdp in x's dtype, and its float32 gradient reduced and scattered back.
 
     Args:
-        equation: einsum equation in the letters of the project, e.g. "BTD,NHD->BTNH".
+        equation: einsum equation in the letters of the project, e.g. "BTD,NHD->BTNH"; they say how axes lie on the mesh.
         x: activations.
-        weight: cast to x's dtype.
+        weight: cast to x's dtype; scales of a QArray multiply the sum.
         dtype: of the result; x's when not given.
     """
-    y = jnp.einsum(equation, x, weight.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(dtype or x.dtype)
+    return project_each((equation,), x, (weight,), dtype)[0]
+
+
+def project_each(
+    equations: tuple[str, ...], x: Array, weights: Sequence[Array | QArray], dtype: DTypeLike | None = None
+) -> tuple[Array, ...]:
+    """`project` of the same x with several weights; on a mesh x is gathered, and its gradient summed over devices, once."""
+    values = tuple(
+        _gathered(equation, weight.value, x.dtype) if isinstance(weight, QArray) else weight
+        for equation, weight in zip(equations, weights, strict=True)
+    )
+    scales = (weight.scale[..., 0] if isinstance(weight, QArray) else 1 for weight in weights)
+    return tuple((y * scale).astype(dtype or x.dtype) for y, scale in zip(_products(equations, x, values), scales, strict=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _products(equations: tuple[str, ...], x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The float32 sums."""
+    x = constrain(x, *_axes(ACTIVATION_AXES, _letters(equations[0])[0]))
+    return tuple(_product(equation, x, weight) for equation, weight in zip(equations, weights, strict=True))
+
+
+def _product(equation: str, x: Array, weight: Array) -> Array:
+    y = _einsum(equation, x, _gathered(equation, weight, x.dtype))
+    return _constrain_activation(y, _letters(equation)[2])
+
+
+def _products_forward(equations, x, weights):
+    return _products(equations, x, weights), (x, weights)
+
+
+def _products_backward(equations, saved, cotangents):
+    x, weights = saved
+    letters_x = _letters(equations[0])[0]
+    whole_x = constrain(x, *_axes(ACTIVATION_AXES, letters_x))
+    dx, dweights = 0.0, []
+    for equation, weight, cotangent in zip(equations, weights, cotangents, strict=True):
+        _, letters_w, letters_y = _letters(equation)
+        cotangent = constrain(cotangent.astype(x.dtype), *_axes(ACTIVATION_AXES, letters_y))
+        dx += _einsum(f"{letters_y},{letters_w}->{letters_x}", cotangent, _gathered(equation, weight, x.dtype))
+        dweight = _einsum(f"{letters_x},{letters_y}->{letters_w}", whole_x, cotangent)
+        dweights.append(constrain(dweight, *_axes(WEIGHT_AXES, letters_w)).astype(weight.dtype))
+    return _constrain_activation(dx, letters_x).astype(x.dtype), tuple(dweights)
+
+
+_products.defvjp(_products_forward, _products_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: Array, tokens: Array, dtype: DTypeLike) -> Array:
+    """Rows of an embedding table in a dtype: [V, D], [B, T] -> [B, T, D]; the table's gradient is summed in float32.
+
+    On a mesh the table is gathered over fsdp, every device looks up what its part of the vocabulary has, and the sum over
+    devices is exact: all but one add zero. (Left to the partitioner, every device gets a copy of the table or the activations.)
+    """
+
+    def look_up(table: Array, tokens: Array) -> Array:
+        ids = _local_ids(tokens, table.shape[0])
+        rows = table.at[ids].get(mode="fill", fill_value=0)
+        return jax.lax.psum(rows, RULES["vocab"]) if is_partitioned() else rows
+
+    run = per_device(look_up, (("vocab", "act_embed"), ("batch", "length")), ("batch", "length", "act_embed"))
+    return _constrain_activation(run(constrain(table.astype(dtype), "vocab", "act_embed"), tokens), "BTD")
+
+
+def _lookup_forward(table: Array, tokens: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+    return lookup(table, tokens, dtype), (table, tokens)
+
+
+def _lookup_backward(dtype: DTypeLike, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    rows = table.shape[0] // mesh_axis_size("tensor")
+
+    def add_up(tokens: Array, cotangent: Array) -> Array:
+        gradient = jnp.zeros((rows, table.shape[1]), jnp.float32)
+        gradient = gradient.at[_local_ids(tokens, rows)].add(cotangent.astype(jnp.float32), mode="drop")
+        return sum_and_scatter(gradient, axis=1) if is_partitioned() else gradient
+
+    run = per_device(add_up, (("batch", "length"), ("batch", "length", "act_embed")), ("vocab", "embed"))
+    return run(tokens, cotangent).astype(table.dtype), None
+
+
+def _local_ids(tokens: Array, rows: int) -> Array:
+    """Row numbers in this device's part of a table; those of other parts lie past its end."""
+    if not is_partitioned():
+        return tokens
+    ids = tokens - jax.lax.axis_index(RULES["vocab"]) * rows
+    return jnp.where(ids < 0, rows, ids)
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     """float32 means float32: by default TPUs multiply it in bfloat16 and GPUs in TF32."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _einsum(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _gathered(equation: str, weight: Array, dtype: DTypeLike) -> Array:
+    """The weight in a dtype, whole over fsdp."""
+    names = _axes(GATHERED_AXES, _letters(equation)[1])
+    if jnp.issubdtype(weight.dtype, jnp.integer):  # moved before it is cast, in one byte
+        return constrain(weight, *names).astype(dtype)
+    return constrain(weight.astype(dtype), *names)
+
+
+def _constrain_activation(x: Array, letters: str) -> Array:
+    return constrain(x, *_axes(RESIDUAL_AXES if letters == "BTD" else ACTIVATION_AXES, letters))
+
+
+def _axes(table: Mapping[str, str], letters: str) -> tuple[str, ...]:
+    return tuple(table[letter] for letter in letters)
+
+
+def _letters(equation: str) -> tuple[str, str, str]:
+    operands, result = equation.split("->")
+    x, weight = operands.split(",")
+    return x, weight, result

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from llama_jax.sharding import constrain, mesh_axis_size
+
 
 class Sampling(NamedTuple):
     """How each row samples; all [B].
@@ -91,3 +93,21 @@ def keep(ranked: Array, sampling: Sampling) -> Array:
     in_top_p = jnp.cumsum(probs, axis=-1) - probs <= sampling.top_p[:, None]
     in_min_p = probs >= sampling.min_p[:, None] * probs[:, :1]
     return (in_top_k & in_top_p & in_min_p).at[:, 0].set(True)
+
+
+def top_k(logits: Array, k: int) -> tuple[Array, Array]:
+    """The k largest of [..., V] and their ids (int32), the first of equals first.
+
+    A vocabulary that lies on several devices is not gathered: each gives its k largest, and the largest of those are taken.
+    """
+    V, parts = logits.shape[-1], mesh_axis_size("tensor")
+    if V % parts or k == 0 or k > V // parts:
+        values, ids = jax.lax.top_k(logits, k)
+        return values, ids.astype(jnp.int32)
+    batch = ("batch",) + (None,) * (logits.ndim - 2)
+    local = constrain(logits.reshape(*logits.shape[:-1], parts, V // parts), *batch, "vocab", None)
+    values, ids = jax.lax.top_k(local, k)
+    ids = ids + jnp.arange(parts)[:, None] * (V // parts)
+    values, ids = (constrain(x.reshape(*x.shape[:-2], parts * k), *batch, None) for x in (values, ids))
+    values, rank = jax.lax.top_k(values, k)
+    return values, jnp.take_along_axis(ids, rank, axis=-1).astype(jnp.int32)

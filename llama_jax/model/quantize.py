@@ -1,0 +1,36 @@
+"""Weights in int8: the projections and the head, which a decode step reads whole; embedding and norms keep their dtype."""
+
+from collections.abc import Callable
+from typing import Any
+
+from llama_jax.model.params import Params
+from llama_jax.ops.linear import QArray, quantize
+
+NUM_INPUTS = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 2, "gate_proj": 1, "up_proj": 1, "down_proj": 1, "lm_head": 1}
+
+
+def quantize_params(params: Params) -> dict[str, Any]:
+    """Arrays -> QArrays of int8, one scale per output channel."""
+    return _map_named(params, quantize_leaf)
+
+
+def quantize_leaf(name: str, weight: Any) -> Any:
+    """A weight by the last part of its name, as `quantize_params` has it."""
+    return quantize(weight, NUM_INPUTS[name]) if name in NUM_INPUTS else weight
+
+
+def quantize_axes(axes: Params) -> dict[str, Any]:
+    """Logical axes of the quantised tree."""
+
+    def leaf(name: str, names: tuple[str, ...]) -> Any:
+        return QArray(names, (*names[: -NUM_INPUTS[name]], "group")) if name in NUM_INPUTS else names
+
+    return _map_named(axes, leaf)
+
+
+def _map_named(tree: Params, f: Callable[[str, Any], Any]) -> dict[str, Any]:
+    layers = tree["layers"]
+    mapped = {name: f(name, leaf) for name, leaf in tree.items() if name != "layers"}
+    if isinstance(layers, list):
+        return mapped | {"layers": [{name: f(name, leaf) for name, leaf in layer.items()} for layer in layers]}
+    return mapped | {"layers": {name: f(name, leaf) for name, leaf in layers.items()}}

@@ -1,0 +1,113 @@
+"""Cross-entropy over a vocabulary, without ever holding the logits of all tokens.
+
+Head and loss are one function: a chunk of tokens at a time gets its logits, its loss and, when a gradient is asked for, its
+share of both gradients at once, since the loss is a sum and its cotangent a number. So the head is multiplied three times and
+not four (nothing is computed again), the largest temporary is a chunk of logits, and on a mesh every device works on its own
+tokens and its own part of the vocabulary: what is exchanged per chunk is three numbers a token and the gradient of the
+activations, and the head's gradient is summed in float32 and scattered once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from llama_jax.ops.attention import MASKED
+from llama_jax.ops.linear import precision
+from llama_jax.sharding import RULES, constrain, is_partitioned, per_device, sum_and_scatter
+
+LOGITS_BYTES = 2**28  # of a chunk's logits in float32, on each device
+X_AXES, HEAD_AXES, GATHERED_AXES, TOKEN_AXES = (
+    ("batch", "length", "act_embed"), ("vocab", "embed"), ("vocab", "act_embed"), ("batch", "length"),
+)  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(x: Array, head: Array, targets: Array, weights: Array, vocab_size: int, z_loss: float) -> Array:
+    """Sum over tokens of weight * (-log p(target) + z_loss * log(Z)^2), with p = softmax(x @ head.T) and Z its normaliser.
+
+    The last term keeps logits from drifting (Chowdhery et al. 2022, arXiv:2204.02311, section 5). Products are in x's dtype
+    and summed in float32; softmax and loss are float32.
+
+    Args:
+        x: [B, T, D], after the final norm.
+        head: [V', D]; rows from vocab_size on are padding, and have no probability.
+        targets: [B, T] int32.
+        weights: [B, T] float32; 1 / (number of tokens) for a mean, 0 where there is nothing to learn.
+        vocab_size: V.
+        z_loss: 0 for none.
+
+    Returns:
+        A float32 scalar.
+    """
+    return _run(x, head, targets, weights, vocab_size, z_loss, with_gradients=False)[0]
+
+
+def _forward(x, head, targets, weights, vocab_size, z_loss):
+    loss, dx, dhead = _run(x, head, targets, weights, vocab_size, z_loss, with_gradients=True)
+    return loss, (dx, constrain(dhead, *HEAD_AXES).astype(head.dtype))
+
+
+def _backward(vocab_size, z_loss, gradients, cotangent):
+    dx, dhead = gradients
+    return (dx * cotangent).astype(dx.dtype), (dhead * cotangent).astype(dhead.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _run(x, head, targets, weights, vocab_size, z_loss, *, with_gradients) -> tuple[Array, Array | None, Array | None]:
+    """The loss and, if asked for, the gradients of x (its dtype) and of head (float32)."""
+    gathered = constrain(head.astype(x.dtype), *GATHERED_AXES)
+    local = functools.partial(
+        _local_loss, vocab_size=vocab_size, z_loss=z_loss, with_gradients=with_gradients, on_mesh=is_partitioned()
+    )
+    outputs = ((), X_AXES, HEAD_AXES) if with_gradients else ((), (), ())
+    return per_device(local, (X_AXES, GATHERED_AXES, TOKEN_AXES, TOKEN_AXES), outputs)(x, gathered, targets, weights)
+
+
+def _local_loss(x, head, targets, weights, *, vocab_size, z_loss, with_gradients, on_mesh):
+    """One device's tokens and part of the vocabulary; sums over the others where it needs theirs."""
+    B, T, D = x.shape
+    V = head.shape[0]
+    chunks = -(-B * T * V * 4 // LOGITS_BYTES)
+    size = -(-B * T // chunks)
+    pad = chunks * size - B * T
+    xs = tuple(
+        jnp.pad(a.reshape(B * T, *a.shape[2:]), ((0, pad),) + ((0, 0),) * (a.ndim - 2)).reshape(chunks, size, *a.shape[2:])
+        for a in (x, targets, weights)
+    )
+    over_vocab = functools.partial(jax.lax.psum, axis_name="tensor") if on_mesh else lambda part: part
+    ids = jnp.arange(V) + (jax.lax.axis_index("tensor") * V if on_mesh else 0)
+    dot = functools.partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+    def chunk(carry, inputs):
+        loss, dhead = carry
+        x, targets, weights = inputs
+        logits = dot("MD,VD->MV", x, head)
+        logits = jnp.where(ids < vocab_size, logits, MASKED)
+        largest = jnp.max(logits, axis=-1)
+        largest = jax.lax.pmax(largest, "tensor") if on_mesh else largest
+        exps = jnp.exp(logits - largest[:, None])
+        total = over_vocab(jnp.sum(exps, axis=-1))
+        log_z = largest + jnp.log(total)
+        is_target = ids == targets[:, None]
+        target = over_vocab(jnp.sum(jnp.where(is_target, logits, 0), axis=-1))
+        loss += jnp.sum(weights * (log_z - target + z_loss * log_z**2))
+        if not with_gradients:
+            return (loss, dhead), None
+        probs = exps * ((1 + 2 * z_loss * log_z) / total)[:, None]
+        dlogits = ((probs - is_target) * weights[:, None]).astype(x.dtype)
+        dx = over_vocab(dot("MV,VD->MD", dlogits, head)).astype(x.dtype)
+        return (loss, dhead + dot("MV,MD->VD", dlogits, x)), dx
+
+    dhead = jnp.zeros((V, D), jnp.float32) if with_gradients else None
+    (loss, dhead), dx = jax.lax.scan(chunk, (jnp.float32(0), dhead), xs)
+    if on_mesh:
+        loss = jax.lax.psum(loss, RULES["batch"])
+    if not with_gradients:
+        return loss, None, None
+    if on_mesh:
+        dhead = sum_and_scatter(dhead, axis=1)
+    return loss, dx.reshape(chunks * size, D)[: B * T].reshape(B, T, D), dhead

@@ -3,7 +3,7 @@
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from configs.sample import sampling
+from configs.sample import mesh, sampling
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -11,6 +11,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint = placeholder(str)  # a directory made by llama_jax.convert from a chat or instruct model
     c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
     c.dtype = "auto"  # of weights, activations and cache: auto (as stored), bfloat16, float32, float16
+    c.quantize = ""  # int8: weights rounded to 8 bits
+    c.mesh = mesh()
     c.max_length = 0  # tokens of conversation and answer together; 0: the model's context
     c.max_new_tokens = 512  # of one answer
     c.chat_format = placeholder(str)  # instead of the checkpoint's: llama2, codellama, codellama_70b, llama3, template

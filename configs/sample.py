@@ -11,6 +11,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint = BUNDLED  # a directory made by llama_jax.convert, or the WORKDIR of a training run
     c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
     c.dtype = "auto"  # of weights, activations and cache: auto (as stored), bfloat16, float32, float16
+    c.quantize = ""  # int8: weights rounded to 8 bits
+    c.mesh = mesh()
     c.max_length = 0  # tokens of prompt and answer together; 0: the model's context
     c.max_new_tokens = 256  # 0: as many as the context holds
     c.batch_size = 16  # sequences generated at once
@@ -18,6 +20,16 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling = sampling()
     c.sampling.n = 1  # answers per prompt
     c.sampling.echo = True  # print the prompt too
+    return c
+
+
+def mesh() -> ml_collections.ConfigDict:
+    """How the model is spread over all devices of all processes; llama_jax.mesh.MeshShape explains the axes."""
+    c = ml_collections.ConfigDict()
+    c.data = 1
+    c.fsdp = 1
+    c.tensor = -1  # as many as the model allows
+    c.dcn_data = 1  # slices of a TPU multi-slice
     return c
 
 

@@ -3,7 +3,7 @@
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from configs.sample import BUNDLED
+from configs.sample import BUNDLED, mesh
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -11,6 +11,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint = BUNDLED  # a directory made by llama_jax.convert, or the WORKDIR of a training run
     c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
     c.dtype = "auto"  # of weights and activations: auto (as stored), bfloat16, float32, float16
+    c.quantize = ""  # int8: weights rounded to 8 bits
+    c.mesh = mesh()
     c.max_length = 0  # tokens of a window; 0: the model's context
     c.stride = 0  # tokens between windows; 0: half a window, so that each token sees at least that much before it
     return c

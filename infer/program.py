@@ -43,14 +43,20 @@ def run(main: Callable[[], None]) -> None:
 
 
 def load(config: ml_collections.ConfigDict) -> Any:
-    """The model that `checkpoint`, `tokenizer`, `dtype` and `max_length` of a program's config name."""
+    """The model that a program's config names."""
     import llama_jax
 
     if not config.checkpoint:
         raise LlamaError(ExitCode.BAD_REQUEST, "no checkpoint: --config.checkpoint=DIR names one that llama_jax.convert made")
     more = {"batch_size": config.batch_size} if "batch_size" in config else {}
     return llama_jax.load(
-        config.checkpoint, dtype=config.dtype, max_length=config.max_length, tokenizer=config.tokenizer, **more
+        config.checkpoint,
+        mesh=config.mesh.to_dict(),
+        dtype=config.dtype,
+        quantize=config.quantize,
+        max_length=config.max_length,
+        tokenizer=config.tokenizer,
+        **more,
     )
 
 

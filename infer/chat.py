@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from infer import program
+from llama_jax import distributed
 from llama_jax.errors import ExitCode, LlamaError
 
 CONFIG = program.define_config()
@@ -50,7 +51,9 @@ class Conversation:
                     answer.append(piece)
                     print(piece, end="", flush=True)
             except KeyboardInterrupt:
-                program.warn("\n(stopped)")
+                if distributed.num_processes() > 1:  # the others would go on with the answer
+                    raise
+                distributed.note("\n(stopped)")
         finally:
             print(flush=True)
         self._remember([*turns, {"role": "assistant", "content": "".join(answer)}])
@@ -61,7 +64,7 @@ class Conversation:
         try:
             self._llama.encode_chat(self._messages([*turns, {"role": "user", "content": "?"}]))
         except LlamaError as error:
-            program.warn(f"(this answer cannot be part of a conversation and was forgotten: {error})")
+            distributed.note(f"(this answer cannot be part of a conversation and was forgotten: {error})")
         else:
             self.turns = turns
 
@@ -75,7 +78,7 @@ class Conversation:
         while len(self._llama.encode_chat(self._messages(turns))) > room and len(turns) > 2:
             turns, dropped = turns[2:], dropped + 1
         if dropped:
-            program.warn(
+            distributed.note(
                 f"({dropped} of the oldest turns no longer fit into {self._llama.max_length} tokens and were forgotten)"
             )
         return turns
@@ -95,7 +98,7 @@ def main() -> None:
     longest = max(1, llama.max_length // 2)
     settings = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens or longest, longest))
     conversation = Conversation(llama, settings, config.system)
-    while (line := _read()) is not None:
+    while (line := distributed.broadcast(_read() if distributed.is_main() else None)) is not None:
         if line == "/exit":
             return
         if line == "/reset":
@@ -103,12 +106,12 @@ def main() -> None:
         elif line == "/system" or line.startswith("/system "):
             conversation.reset(line.removeprefix("/system").strip())
         elif line.startswith("/"):
-            program.warn(f"unknown command {line.split()[0]}; there are /reset, /system TEXT and /exit")
+            distributed.note(f"unknown command {line.split()[0]}; there are /reset, /system TEXT and /exit")
         elif line:
             try:
                 conversation.ask(line)
             except LlamaError as error:
-                program.warn(f"error: {error}")
+                distributed.note(f"error: {error}")
 
 
 def _read() -> str | None:
@@ -120,7 +123,7 @@ def _read() -> str | None:
             line = sys.stdin.readline()
             return line.strip() if line else None
         except KeyboardInterrupt:
-            program.warn("\n(/exit or Ctrl-D leaves)")
+            distributed.note("\n(/exit or Ctrl-D leaves)")
 
 
 if __name__ == "__main__":

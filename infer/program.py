@@ -1,6 +1,5 @@
 """What the programs of this room share: flags to a loaded model."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,12 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from llama_jax import distributed
 from llama_jax.errors import ExitCode, LlamaError, run_command
+
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several processes meet (found on pods)")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", -1, "how many there are; each runs the same command (found on pods)")
+PROCESS_ID = flags.DEFINE_integer("process_id", -1, "which of them this is, from 0 (found on pods)")
 
 
 def define_config() -> flags.FlagHolder:
@@ -18,14 +22,16 @@ def define_config() -> flags.FlagHolder:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses flags and runs main; what a user got wrong is one line on stderr."""
+    """Parses flags and runs main, in every process of a job; what a user got wrong is one line on stderr."""
 
     def checked(argv: list[str]) -> None:
         if len(argv) > 1:
             raise LlamaError(
                 ExitCode.BAD_REQUEST, f"unexpected argument {argv[1]!r}: prompts go in --prompt, files in their flags"
             )
-        main()
+        with distributed.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):
+            _share(flags.FLAGS.config)
+            main()
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -69,8 +75,11 @@ def settings(config: ml_collections.ConfigDict) -> Any:
     return llama_jax.Settings(max_new_tokens=config.max_new_tokens, **values)
 
 
-def warn(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _share(config: ml_collections.ConfigDict) -> None:
+    """Process 0's settings are everybody's: processes that differ in one would wait for each other for ever."""
+    shared = distributed.broadcast(config.to_dict())
+    if not distributed.is_main():
+        config.update(shared)
 
 
 def _parse_bias(text: str) -> dict[int, float]:

@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 
 from infer import program
+from llama_jax import distributed
 
 CONFIG = program.define_config()
 PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times (default: no text at all)")
@@ -23,7 +24,7 @@ def main() -> None:
     config = CONFIG.value
     settings = program.settings(config)
     llama = program.load(config)
-    prompts = PROMPT.value or [""]
+    prompts = distributed.broadcast(PROMPT.value or [""])
     if any(FILL_ME in prompt for prompt in prompts):
         for prompt in prompts:
             _print(llama.stream_infill(prompt, settings, suffix_first=config.suffix_first))
@@ -57,6 +58,8 @@ def _in_order(events: Iterator[tuple[int, str]], count: int) -> Iterator[Iterato
 
 def _report(llama: Any, completions: list[Any]) -> None:
     """Texts on stdout, and a JSON line per token on stderr."""
+    if not distributed.is_main():
+        return
     name = llama.tokenizer.decode
     for index, completion in enumerate(completions):
         print(completion.text, flush=True)

@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from infer import program
+from llama_jax import distributed
 from llama_jax.errors import ExitCode, LlamaError
 
 CONFIG = program.define_config()
@@ -43,13 +44,13 @@ def main() -> None:
         raise LlamaError(ExitCode.BAD_REQUEST, "give one of --text FILE and --tokens IN.npy")
     if LOGITS.value and not TOKENS.value:
         raise LlamaError(ExitCode.BAD_REQUEST, "--logits goes with --tokens")
-    rows = _read_tokens(Path(TOKENS.value)) if TOKENS.value else None
-    text = _read_text(Path(TEXT.value)) if TEXT.value else ""
+    rows, text = distributed.broadcast(_read() if distributed.is_main() else None)
     llama = program.load(config)
     if LOGITS.value:
-        logits = np.concatenate([llama.logits(rows[b : b + 1]) for b in range(len(rows))])
-        with open(LOGITS.value, "wb") as file:
-            np.save(file, logits)
+        logits = np.concatenate([llama.logits([row]) for row in rows])
+        if distributed.is_main():
+            with open(LOGITS.value, "wb") as file:
+                np.save(file, logits)
     if rows is None:
         if llama.tokenizer is None:
             raise LlamaError(ExitCode.BAD_TOKENIZER, "this checkpoint has no tokenizer: --config.tokenizer=FILE, or --tokens")
@@ -59,6 +60,12 @@ def main() -> None:
         raise LlamaError(ExitCode.BAD_REQUEST, "nothing to score: a row needs at least 2 tokens")
     found = np.concatenate([log_likelihoods(llama, row, window, stride) for row in rows])
     print(json.dumps(_summary(found, len(text.encode()))))
+
+
+def _read() -> tuple[list[list[int]] | None, str]:
+    """The rows of --tokens, or the text of --text."""
+    rows = _read_tokens(Path(TOKENS.value)).tolist() if TOKENS.value else None
+    return rows, _read_text(Path(TEXT.value)) if TEXT.value else ""
 
 
 def _summary(found: np.ndarray, nbytes: int) -> dict[str, float]:

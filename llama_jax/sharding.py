@@ -4,6 +4,7 @@ Every parameter, cache and batch array names its axes; where an axis lies on the
 here and nowhere else. The checkpoint cuts its chunks along the same axes, so that a device reads little more than its part.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {  # None: whole on every devic
     "lora_rank": None,
     "group": None,  # of a quantised weight's scales
 }
+WIDE_FSDP = 32
 MAY_BE_WHOLE = ("kv_heads", "residual_length")
 
 
@@ -113,8 +115,33 @@ def sum_and_scatter(gradient: Array, axis: int) -> Array:
     Args:
         gradient: whole along `axis`, the weight's embed.
     """
-    gradient = jax.lax.psum_scatter(gradient, RULES["embed"], scatter_dimension=axis, tiled=True)
+
+    def scatter(gradient: Array, groups: list[list[int]] | None = None) -> Array:
+        return jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True, axis_index_groups=groups)
+
+    def scatter_twice(gradient: Array) -> Array:
+        size = mesh_axis_size("fsdp")
+        parts = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+        rest = size // parts
+        gradient = scatter(gradient, [[i + rest * j for j in range(parts)] for i in range(rest)])
+        return scatter(gradient, [[i + rest * j for i in range(rest)] for j in range(parts)])
+
+    if fsdp_is_wide():
+        gradient = jax.lax.platform_dependent(gradient, tpu=scatter_twice, default=scatter)
+    else:
+        gradient = scatter(gradient)
     return jax.lax.psum(gradient, "data")
+
+
+def fsdp_is_wide() -> bool:
+    """Whether fsdp is the whole mesh, and more devices than XLA:TPU forms a reduce-scatter over by itself.
+
+    Over all devices of a mesh, up to 32, it pipelines one with the product; over groups of a mesh it makes a real one. Over all
+    of 64 and more it sums whole gradients on every device and cuts them after, twice the bytes (libtpu 0.0.42): there the
+    gradient is scattered in two steps, over groups.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] == mesh.size > WIDE_FSDP
 
 
 def is_partitioned() -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 from llama_jax.checkpoint.load import load_params
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.config import ModelConfig
+from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.answer import Answer, Completion
 from llama_jax.generation.engine import Engine
@@ -77,10 +77,7 @@ def load(
     if batch_size < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
     if max_length > opened.config.max_length:
-        print(
-            f"warning: max_length {max_length:,} is beyond the {opened.config.max_length:,} tokens this model was made for",
-            file=sys.stderr,
-        )
+        note(f"warning: max_length {max_length:,} is beyond the {opened.config.max_length:,} tokens this model was made for")
     _keep_compiled_programs()
     devices = _mesh(opened.config, mesh)
     return Llama(
@@ -104,10 +101,7 @@ def _mesh(cfg: ModelConfig, wanted: MeshShape | Mapping[str, int] | None) -> Mes
         wanted = MeshShape(**wanted)
     shape = resolve_mesh(cfg, wanted, jax.device_count())
     if wanted.tensor == -1 and shape.data > wanted.data:
-        print(
-            f"note: tensor={shape.tensor} is the most this model allows; the other devices hold copies: {shape}",
-            file=sys.stderr,
-        )
+        note(f"note: tensor={shape.tensor} is the most this model allows; the other devices hold copies: {shape}")
     return None if shape.num_devices == 1 else make_mesh(shape)
 
 

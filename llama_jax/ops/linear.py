@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from llama_jax.sharding import RULES, constrain, is_partitioned, mesh_axis_size, per_device, sum_and_scatter
+from llama_jax.sharding import RULES, constrain, fsdp_is_wide, is_partitioned, mesh_axis_size, per_device, sum_and_scatter
 
 # Logical axes by the letters of einsum equations: what a weight's or an activation's axes are is written once, there.
 WEIGHT_AXES = {
@@ -99,9 +99,25 @@ def _products_backward(equations, saved, cotangents):
         _, letters_w, letters_y = _letters(equation)
         cotangent = constrain(cotangent.astype(x.dtype), *_axes(ACTIVATION_AXES, letters_y))
         dx += _einsum(f"{letters_y},{letters_w}->{letters_x}", cotangent, _gathered(equation, weight, x.dtype))
-        dweight = _einsum(f"{letters_x},{letters_y}->{letters_w}", whole_x, cotangent)
-        dweights.append(constrain(dweight, *_axes(WEIGHT_AXES, letters_w)).astype(weight.dtype))
+        dweights.append(_weight_gradient(equation, whole_x, cotangent).astype(weight.dtype))
     return _constrain_activation(dx, letters_x).astype(x.dtype), tuple(dweights)
+
+
+def _weight_gradient(equation: str, x: Array, cotangent: Array) -> Array:
+    """The float32 sum over all tokens, each device keeping its part."""
+    letters_x, letters_w, letters_y = _letters(equation)
+
+    def product(x: Array, cotangent: Array) -> Array:
+        return _einsum(f"{letters_x},{letters_y}->{letters_w}", x, cotangent)
+
+    names = _axes(WEIGHT_AXES, letters_w)
+    if not fsdp_is_wide():
+        return constrain(product(x, cotangent), *names)
+
+    def local(x: Array, cotangent: Array) -> Array:
+        return sum_and_scatter(product(x, cotangent), axis=letters_w.index("D"))
+
+    return per_device(local, (_axes(ACTIVATION_AXES, letters_x), _axes(ACTIVATION_AXES, letters_y)), names)(x, cotangent)
 
 
 _products.defvjp(_products_forward, _products_backward)

@@ -1,4 +1,4 @@
-"""The compiler's word: the real program of a plan, compiled ahead of time by libtpu or the CUDA plugin, without the hardware."""
+"""The compiler's word: the real program of a plan, compiled by libtpu or the CUDA plugin, without the hardware."""
 
 import dataclasses
 import importlib.metadata
@@ -12,6 +12,7 @@ from typing import Any
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.mesh import MeshShape
 from llama_jax.plan.chips import GIB
+from llama_jax.plan.gpu_target import TARGETS
 from llama_jax.plan.hlo import collectives
 from llama_jax.plan.memory import plan_memory
 from llama_jax.plan.request import PlanRequest
@@ -136,7 +137,26 @@ def compiler_devices(topology: Topology) -> tuple[Sequence[Any], str]:
 
 
 def _gpu_devices(topology: Topology) -> tuple[Sequence[Any], str]:
-    raise LlamaError(ExitCode.BAD_REQUEST, f"--compile knows no compiler for {topology.name}")
+    if topology.chip.name not in TARGETS:
+        raise LlamaError(
+            ExitCode.BAD_REQUEST,
+            f"--compile knows no compiler target for {topology.name}, only for TPUs and {', '.join(TARGETS)}; without it the "
+            "plan is arithmetic",
+        )
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        raise LlamaError(
+            ExitCode.BAD_REQUEST,
+            "compiling for GPUs needs jax's CUDA plugin, which is not installed: pip install --no-deps jax-cuda13-plugin "
+            "jax-cuda13-pjrt, both in the version of jax (no GPU and no CUDA is needed)",
+        )
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from jax.experimental import topologies
+
+    hosts = topology.num_devices // topology.devices_per_host
+    described = topologies.get_topology_desc(
+        platform="cuda", target_config=TARGETS[topology.chip.name], topology=f"1x{hosts}x{topology.devices_per_host}"
+    )
+    return described.devices, f"jax-cuda13-plugin {importlib.metadata.version('jax-cuda13-plugin')}"
 
 
 def _refuse_too_large(request: PlanRequest, mesh: MeshShape, error: Exception) -> None:

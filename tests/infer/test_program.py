@@ -10,6 +10,7 @@ from configs import chat, sample, score
 from infer import program
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.request import Settings
+from llama_jax.mesh import MeshShape
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +81,9 @@ def test_the_configs_hold_every_setting_and_its_default():
     assert program.settings(sample.get_config()) == Settings(echo=True)
     assert set(chat.get_config().sampling) == known - {"n", "echo"}
     assert program.settings(chat.get_config()) == Settings(max_new_tokens=512)
-    assert set(score.get_config()) == {"checkpoint", "tokenizer", "dtype", "max_length", "stride"}
+    assert set(score.get_config()) == {"checkpoint", "tokenizer", "dtype", "quantize", "mesh", "max_length", "stride"}
+    for module in (sample, chat, score):
+        assert MeshShape(**module.get_config().mesh) == MeshShape(tensor=-1) and module.get_config().quantize == ""
 
 
 @pytest.mark.parametrize(("text", "bias"), [("", {}), ("5:1.5", {5: 1.5}), ("5:-100, 7:2,", {5: -100.0, 7: 2.0})])

@@ -5,23 +5,30 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PROMPT ?= Once upon a time
 
-.PHONY: sample test test-fast lint dev clean
+.PHONY: sample test test-fast test-aot lint dev aot clean
 
 sample: $(VENV)/core
 	@$(BIN)/python -m infer.sample --config=configs/sample.py --prompt "$(PROMPT)"
 
 test: lint $(VENV)/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10 -m "not aot" $(ARGS)
 
 # Without the tests that take more than 20 s.
 test-fast: $(VENV)/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not aot" $(ARGS)
+
+# Compiles the real programs for TPU slices and GPUs that are not here.
+test-aot: aot
+	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -m aot --durations 0 -rsP tests/aot $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 dev: $(VENV)/dev
+
+# An environment of its own on top of the other: where libtpu is installed and no TPU is, every start of jax complains.
+aot: $(VENV)-aot/done
 
 $(VENV)/core: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("llama_jax needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
@@ -33,6 +40,14 @@ $(VENV)/core: requirements.txt pyproject.toml
 
 $(VENV)/dev: requirements-dev.txt $(VENV)/core
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)-aot/done: requirements-aot.txt $(VENV)/dev
+	@test -x $(VENV)-aot/bin/python || $(BIN)/python -m venv $(VENV)-aot
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(VENV)-aot/bin/python -c "$$site")/core.pth"
+	@$(VENV)-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-aot.txt \
+	    || echo "the compilers cannot be installed here: what needs them will be skipped" >&2
 	@touch $@
 
 clean:

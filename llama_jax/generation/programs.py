@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from llama_jax.config import ModelConfig
-from llama_jax.generation.state import Controls, DecodeState, Output, new_history, place, replicate, row_keys
+from llama_jax.generation.state import Controls, DecodeState, Output, by_rows, new_history, place, replicate, row_keys
 from llama_jax.model import Params, grow_cache, hidden_states, logits
 from llama_jax.ops.sampling import penalise, sample, top_k
 from llama_jax.sharding import constrain
@@ -80,10 +80,10 @@ def decode(
         step, state, outputs = carry
         state, output = _decode_step(cfg, params, state, num_top)
         outputs = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, step, 1), outputs, output)
-        return step + 1, place(state), replicate(outputs)
+        return step + 1, place(state), by_rows(outputs)
 
     state = place(dataclasses.replace(state, done=state.done | halt))
-    _, state, outputs = jax.lax.while_loop(more, body, (jnp.int32(0), state, replicate(empty)))
+    _, state, outputs = jax.lax.while_loop(more, body, (jnp.int32(0), state, by_rows(empty)))
     return place(state), replicate(outputs)
 
 

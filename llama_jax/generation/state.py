@@ -83,6 +83,11 @@ def place(state: DecodeState) -> DecodeState:
     return jax.tree.map(lambda axes, x: constrain(x, *axes), state_axes(state), state, is_leaf=_is_axes)
 
 
+def by_rows(output: Output) -> Output:
+    """Divided as the rows are, while a chunk is made."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), output)
+
+
 def replicate(output: Output) -> Output:
     """Every process reads all tokens, so that all stop alike."""
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), output)

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.ops.kernels import splash
-from llama_jax.ops.linear import precision
+from llama_jax.ops.linear import dot
 from llama_jax.sharding import per_device
 
 # Finite, so that a row that may look nowhere stays finite (a softmax of all -inf is NaN and spreads through the batch).
@@ -28,7 +29,7 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
         mask = jnp.tril(jnp.ones((q.shape[1],) * 2, bool))[None]
         if segment_ids is not None:
             mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+        return checkpoint_name(attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask), "attention")
 
     if not splash.supports(q.shape[1], q.shape[3]):
         return plain(q, k, v, segment_ids)
@@ -54,8 +55,8 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     B, T, N, H = q.shape
     K = k.shape[1]
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=precision(q.dtype), preferred_element_type=jnp.float32) * H**-0.5
+    scores = dot("BTKGH,BKSH->BKGTS", q, k) * H**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
     # The product is left in its natural order and moved after: XLA:CPU has no bfloat16 kernel that writes BTKGH.
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, precision=precision(v.dtype), preferred_element_type=jnp.float32)
+    out = dot("BKGTS,BKSH->BKGTH", weights, v)
     return jnp.moveaxis(out.astype(v.dtype), 3, 1).reshape(B, T, N, H)

@@ -168,6 +168,36 @@ def _local_ids(tokens: Array, rows: int) -> Array:
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dot(equation: str, a: Array, b: Array) -> Array:
+    """A product of two activations, summed in float32: an einsum whose gradients, too, are products in the operands' dtype.
+
+    Args:
+        equation: every axis of an operand is in the other one or in the result.
+        a, b: of one dtype.
+
+    Returns:
+        float32.
+    """
+    return _einsum(equation, a, b)
+
+
+def _dot_forward(equation: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _einsum(equation, a, b), (a, b)
+
+
+def _dot_backward(equation: str, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    a, b = saved
+    letters_a, letters_b, letters = _letters(equation)
+    cotangent = cotangent.astype(a.dtype)
+    da = _einsum(f"{letters},{letters_b}->{letters_a}", cotangent, b)
+    db = _einsum(f"{letters},{letters_a}->{letters_b}", cotangent, a)
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+dot.defvjp(_dot_forward, _dot_backward)
+
+
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     """float32 means float32: by default TPUs multiply it in bfloat16 and GPUs in TF32."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

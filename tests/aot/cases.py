@@ -1,0 +1,39 @@
+"""What is compiled ahead of time, and what any of it has to keep."""
+
+import collections
+import math
+
+from llama_jax.mesh import MeshShape
+from llama_jax.plan.compile import CompilerReport, compile_with_text
+from llama_jax.plan.hlo import COLLECTIVES, Instruction, instructions
+from llama_jax.plan.request import PlanRequest, make_request
+
+COMPILE_SECONDS = 90
+
+
+def compiled(
+    model: str, topology: str, task: str, mesh: MeshShape, **more
+) -> tuple[PlanRequest, CompilerReport, list[Instruction]]:
+    """Compiles a case; fits, was soon done, and is what the closed form said."""
+    request = make_request(model, topology, task, **more)
+    report, text = compile_with_text(request, mesh)
+    print(f"\n{model} {topology} {task} {mesh}\n{report}")
+    assert report.peak_bytes < report.hbm_bytes
+    assert abs(report.predicted_argument_bytes / report.argument_bytes - 1) < 0.10
+    assert abs(report.predicted_peak_bytes / report.peak_bytes - 1) < 0.25
+    assert report.compile_seconds < COMPILE_SECONDS
+    return request, report, list(instructions(text))
+
+
+def moved(program: list[Instruction]) -> collections.Counter:
+    """(opcode, bytes of the largest array) of the collectives that move more than a few numbers a token."""
+    return collections.Counter((i.opcode, i.nbytes) for i in program if i.opcode in COLLECTIVES and i.nbytes > 2**16)
+
+
+def copies(program: list[Instruction], shape: tuple[int, ...]) -> list[str]:
+    """The instructions that copy or transpose an array of this shape."""
+    return [
+        str(i)
+        for i in program
+        if i.opcode in ("copy", "transpose") and any(math.prod(s) == math.prod(shape) for _, s in i.arrays)
+    ]

@@ -1,0 +1,70 @@
+"""Real programs, compiled for TPU slices that are not here: they fit, and contain what they should."""
+
+import pytest
+
+from llama_jax.config import PRESETS
+from llama_jax.mesh import MeshShape, cache_heads
+from tests.aot.cases import compiled, copies
+
+pytest.importorskip("libtpu", reason="libtpu is not installed; make test-aot installs it")
+pytestmark = pytest.mark.aot
+
+
+@pytest.mark.parametrize(
+    ("model", "topology", "mesh", "batch", "length", "quantize"),
+    [
+        ("llama2_7b", "v5e-8", MeshShape(tensor=8), 64, 2048, None),
+        ("llama2_70b", "v5e-16", MeshShape(tensor=16), 8, 2048, "int8"),
+        ("llama2_70b", "v5p-16", MeshShape(tensor=8), 8, 2048, None),
+    ],
+)
+def test_decode(model, topology, mesh, batch, length, quantize):
+    cfg = PRESETS[model]
+    _, report, program = compiled(model, topology, "decode", mesh, batch=batch, length=length, quantize=quantize)
+    summed = [i for i in program if i.opcode == "all-reduce" and i.nbytes >= batch * cfg.embed_dim * 2]
+    assert len(summed) == 2 * cfg.num_layers + 1  # two a layer, and the lookup
+    gathered = [i for i in program if i.opcode == "all-gather"]
+    assert [i.nbytes for i in gathered] == [batch * cfg.vocab_size * 4]  # the last position's logits, once a step
+    assert not [i for i in program if i.opcode in ("reduce-scatter", "all-to-all", "collective-permute")]
+    heads = cache_heads(cfg.num_kv_heads, mesh.tensor) // mesh.tensor
+    cache = 2 * cfg.num_layers * batch * heads * length * cfg.head_dim * 2
+    assert cache <= report.alias_bytes < 1.001 * cache + 2**20  # overwritten in place
+    assert not copies(program, (batch, heads, length, cfg.head_dim))
+    assert report.temporary_bytes < 0.10 * report.argument_bytes
+
+
+def test_prefill_of_70b_uses_splash_attention_and_gathers_no_weight():
+    cfg = PRESETS["llama2_70b"]
+    _, report, program = compiled("llama2_70b", "v5p-16", "prefill", MeshShape(tensor=8), batch=1, length=2048)
+    kernels = [i for i in program if i.opcode == "custom-call" and "splash" in i.op_name]
+    assert len(kernels) == cfg.num_layers
+    activations = 2048 * cfg.embed_dim * 2
+    assert max(i.nbytes for i in program if i.opcode == "all-gather") <= activations
+    assert report.temporary_bytes < 2**30
+
+
+@pytest.mark.parametrize(
+    ("model", "topology", "mesh", "batch"),
+    [
+        ("llama2_7b", "v5e-16", MeshShape(fsdp=16), 64),
+        ("llama2_70b", "v5p-128", MeshShape(fsdp=16, tensor=4), 16),
+        ("llama2_70b", "v5p-128", MeshShape(fsdp=64), 128),
+        ("llama2_70b", "v6e-256", MeshShape(fsdp=64, tensor=4), 64),
+        ("llama3_1_405b", "v5p-1024", MeshShape(fsdp=64, tensor=8), 64),
+    ],
+)
+def test_training(model, topology, mesh, batch):
+    cfg = PRESETS[model]
+    _, report, program = compiled(model, topology, "train", mesh, batch=batch, length=4096)
+    D, F, H, t = cfg.embed_dim, cfg.mlp_dim, cfg.head_dim, mesh.tensor
+    N, K, V = cfg.num_heads // t, cfg.num_kv_heads // t, cfg.vocab_size // t
+    sizes = sorted([N * H * D, K * H * D, K * H * D, D * N * H, F // t * D, F // t * D, D * F // t] * 2 + [V * D] * 2)
+    tokens = batch // mesh.batch_shards * 4096
+    weights = {size * 2 for size in sizes} - {tokens * D * 2}
+    gathered = [i.nbytes // 2 for i in program if i.opcode == "all-gather" and i.nbytes in weights]
+    assert sorted(gathered) == [size for size in sizes if size * 2 in weights]  # bfloat16; forward, and backward
+    whole_sums = [str(i) for i in program if i.opcode == "all-reduce" and i.nbytes in {4 * s for s in sizes} | weights]
+    assert not [i for i in whole_sums if "all-reduce-scatter" not in i]
+    assert not [i for i in program if i.nbytes >= tokens * V * 4]  # logits of all tokens
+    assert any(i.opcode == "custom-call" and "splash" in i.op_name for i in program)
+    assert report.alias_bytes > 0.99 * report.argument_bytes  # the old state's memory is the new one's

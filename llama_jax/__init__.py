@@ -9,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 _LAZY = {
-    "load": "llama_jax.generation.llama",
+    "load": "llama_jax.generation.load",
     "Llama": "llama_jax.generation.llama",
     "Settings": "llama_jax.generation.request",
     "Completion": "llama_jax.generation.answer",

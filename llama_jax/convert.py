@@ -69,7 +69,7 @@ def convert(
         _report(opened, text)
         if chat_format is None:
             template = text.chat_template if text else None
-            chat_format = chat_format_of(_name(opened), template, text)
+            chat_format = chat_format_of(opened.name, template, text)
         target = np.dtype(opened.dtype) if dtype is None else DTYPES[dtype]
         leaves = {
             name: Leaf(array.shape, target, lambda name=name, array=array: _read(name, array, target))
@@ -154,18 +154,12 @@ def _report(source: Source, tokenizer: Tokenizer | None) -> None:
     )
     for note in source.notes:
         print(note, file=sys.stderr)
-    if config.norm_eps == 1e-6 and "llama2" in _name(source).lower().replace("-", "").replace("_", ""):
+    if config.norm_eps == 1e-6 and "llama2" in source.name.lower().replace("-", "").replace("_", ""):
         print(
             "warning: the source says epsilon 1e-6; Llama 2 has 1e-5 and early downloads had this wrong in params.json "
             "(meta-llama/llama#771): correct params.json and convert again",
             file=sys.stderr,
         )
-
-
-def _name(source: Source) -> str:
-    """What the user calls the model: the folder's name, which may be "original" or "meta" inside the model's."""
-    folder = source.path.absolute() if source.path.is_dir() else source.path.absolute().parent
-    return f"{folder.parent.name} {folder.name}" if folder.name in ("original", "meta") else folder.name
 
 
 def _read(name: str, array: LazyArray, dtype: np.dtype) -> np.ndarray:

@@ -63,6 +63,12 @@ class Source:
     tokenizer: tuple[Path, ...]
     notes: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """What the user calls the model: the folder's name, which may be "original" or "meta" inside the model's."""
+        folder = self.path.absolute() if self.path.is_dir() else self.path.absolute().parent
+        return f"{folder.parent.name} {folder.name}" if folder.name in ("original", "meta") else folder.name
+
     def noted(self, note: str) -> "Source":
         """The same with one more note."""
         return dataclasses.replace(self, notes=(*self.notes, note))

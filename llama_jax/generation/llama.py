@@ -1,108 +1,25 @@
 """A loaded model: generate, stream, chat, score, logits."""
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint.load import load_params
-from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.config import ModelConfig
-from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.answer import Answer, Completion
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.request import Row, Settings, make_row
 from llama_jax.generation.state import MAX_TOP_LOGPROBS, Output
-from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.model import Params
-from llama_jax.sharding import make_mesh
 from llama_jax.text import chat, infill
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
-CACHE_DIR = "~/.cache/llama_jax"
-COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
-QUANTIZE = ("", "int8")
 STREAM_PACE_SECONDS = 0.1
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-
-
-def load(
-    checkpoint: epath.PathLike,
-    *,
-    mesh: MeshShape | Mapping[str, int] | None = None,
-    dtype: str = "auto",
-    quantize: str = "",
-    max_length: int = 0,
-    tokenizer: str | Path | None = None,
-    batch_size: int = 16,
-) -> "Llama":
-    """Loads a checkpoint onto the default device, or spread over a mesh of all devices of all processes.
-
-    Compiled programs are kept in ~/.cache/llama_jax, or where JAX_COMPILATION_CACHE_DIR says, and found again by later runs.
-
-    Args:
-        checkpoint: a directory made by llama_jax.convert, or the WORKDIR of a training run.
-        mesh: sizes of its axes, e.g. {"tensor": 8} or {"tensor": -1}, as far as the model allows; every device then reads
-            and holds its own part. None: one device.
-        dtype: of weights, activations and cache: bfloat16, float16, float32, or "auto": as stored, except that float16 becomes
-            bfloat16, which every accelerator multiplies, and float64 becomes float32.
-        quantize: "int8" rounds projections and head to 8 bits, a scale per output channel; "" does not.
-        max_length: tokens of prompt and answer together; the model's context when 0.
-        tokenizer: its file or folder, when the checkpoint has none.
-        batch_size: the most sequences generated at once; more wait their turn.
-
-    Raises:
-        LlamaError: there is no complete checkpoint, or a setting is out of range.
-    """
-    opened = Checkpoint.open(checkpoint)
-    if dtype == "auto":
-        dtype = {"float16": "bfloat16", "float64": "float32"}.get(opened.dtype.name, opened.dtype.name)
-    if dtype not in COMPUTE_DTYPES:
-        raise LlamaError(ExitCode.BAD_REQUEST, f"dtype is {dtype!r}, expected auto or one of {', '.join(COMPUTE_DTYPES)}")
-    if not 0 <= max_length <= 2**20:
-        raise LlamaError(
-            ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
-        )
-    if quantize not in QUANTIZE:
-        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected int8, or nothing for none")
-    if batch_size < 1:
-        raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
-    if max_length > opened.config.max_length:
-        note(f"warning: max_length {max_length:,} is beyond the {opened.config.max_length:,} tokens this model was made for")
-    _keep_compiled_programs()
-    devices = _mesh(opened.config, mesh)
-    return Llama(
-        config=opened.config,
-        params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize),
-        mesh=devices,
-        tokenizer=_load_tokenizer(opened, tokenizer),
-        chat_format=opened.chat_format,
-        max_length=max_length or opened.config.max_length,
-        batch_size=batch_size,
-    )
-
-
-def _mesh(cfg: ModelConfig, wanted: MeshShape | Mapping[str, int] | None) -> Mesh | None:
-    if wanted is None:
-        return None
-    if not isinstance(wanted, MeshShape):
-        known = [field.name for field in dataclasses.fields(MeshShape)]
-        if unknown := [str(name) for name in wanted if name not in known]:
-            raise LlamaError(ExitCode.BAD_MESH, f"no such mesh axis: {', '.join(unknown)}; there are {', '.join(known)}")
-        wanted = MeshShape(**wanted)
-    shape = resolve_mesh(cfg, wanted, jax.device_count())
-    if wanted.tensor == -1 and shape.data > wanted.data:
-        note(f"note: tensor={shape.tensor} is the most this model allows; the other devices hold copies: {shape}")
-    return None if shape.num_devices == 1 else make_mesh(shape)
 
 
 class Llama:
@@ -337,26 +254,6 @@ class Llama:
         return self.tokenizer
 
 
-def _load_tokenizer(checkpoint: Checkpoint, given: str | Path | None) -> Tokenizer | None:
-    if not given and not checkpoint.tokenizer:
-        return None
-    tokenizer = load_tokenizer(given) if given else _stored_tokenizer(checkpoint)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
-        raise LlamaError(
-            ExitCode.VOCAB_MISMATCH,
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {checkpoint.config.vocab_size:,}: give its own",
-        )
-    return tokenizer
-
-
-def _stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's own, whose files may lie in a bucket."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in checkpoint.tokenizer:
-            (Path(scratch) / name).write_bytes((checkpoint.path / name).read_bytes())
-        return load_tokenizer(Path(scratch))
-
-
 def _settings(settings: Settings | None, changes: Mapping[str, Any]) -> Settings:
     known = {field.name for field in dataclasses.fields(Settings)}
     if unknown := sorted(changes.keys() - known):
@@ -367,10 +264,3 @@ def _settings(settings: Settings | None, changes: Mapping[str, Any]) -> Settings
 def _check_prompts(prompts: Sequence[Prompt]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise LlamaError(ExitCode.BAD_REQUEST, f"prompts are {prompts!r}, expected a list of texts or of lists of token ids")
-
-
-def _keep_compiled_programs() -> None:
-    """Turns on JAX's persistent compilation cache, unless the user has chosen a place or turned it off."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE_DIR))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -11,11 +11,12 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 import llama_jax
+from llama_jax.checkpoint.load import load_params
 from llama_jax.checkpoint.save import Leaf, save_checkpoint
 from llama_jax.checkpoint.store import DTYPES, Checkpoint, to_tree
 from llama_jax.errors import ExitCode, LlamaError
-from llama_jax.generation.llama import CACHE_DIR, load_params
-from tests.checkpoint.make import meta_tiny, random_params
+from llama_jax.generation.load import CACHE_DIR
+from tests.checkpoint.make import meta_tiny, random_params, write_huggingface, write_meta
 from tests.generation.make import CFG, tokenizer_of
 from tests.text.make import small_sentencepiece
 
@@ -102,6 +103,26 @@ def test_a_loaded_model_is_the_one_that_was_saved(tmp_path, tokenizer_file, caps
     assert (llama.config, llama.chat_format, llama.max_length, llama.batch_size) == (CONFIG, "llama2", CONFIG.max_length, 3)
     assert llama.tokenizer.encode("The child") == tokenizer_of().encode("The child")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("write", [write_meta, write_huggingface])
+@pytest.mark.parametrize("mesh", [None, {"tensor": 2, "fsdp": 2, "data": 2}], ids=["one device", "2x2x2"])
+def test_weights_that_were_not_converted_are_loaded_as_they_are(tmp_path, tokenizer_file, write, mesh):
+    params, folder = random_params(CONFIG), tmp_path / "llama-2-7b-chat"
+    folder.mkdir()
+    write(folder, CONFIG, params)
+    shutil.copy(tokenizer_file, folder)
+    llama = llama_jax.load(folder, mesh=mesh)
+    assert_same_bytes(llama.params, params)
+    assert dataclasses.replace(llama.config, max_length=CONFIG.max_length) == CONFIG  # Meta's files do not say it
+    assert llama.chat_format == "llama2"
+    assert llama.generate(["The child"], max_new_tokens=3)[0].tokens
+
+
+def test_a_folder_that_holds_neither_is_told_what_to_do(tmp_path):
+    with pytest.raises(LlamaError, match=r"holds no complete llama_jax checkpoint.*run python -m llama_jax.convert") as error:
+        llama_jax.load(tmp_path)
+    assert error.value.code == ExitCode.NOT_A_CHECKPOINT
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_one(tmp_path, tokenizer_file):

@@ -1,0 +1,152 @@
+"""From a directory of weights to a model that generates: checkpoint, mesh, tokenizer."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from llama_jax.checkpoint.load import load_params
+from llama_jax.checkpoint.source import Source, open_source
+from llama_jax.checkpoint.store import DTYPES, Checkpoint
+from llama_jax.config import ModelConfig
+from llama_jax.distributed import note
+from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.generation.llama import Llama
+from llama_jax.mesh import MeshShape, resolve_mesh
+from llama_jax.sharding import make_mesh
+from llama_jax.text.chat import chat_format_of
+from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
+
+CACHE_DIR = "~/.cache/llama_jax"
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+QUANTIZE = ("", "int8")
+
+
+def load(
+    checkpoint: epath.PathLike,
+    *,
+    mesh: MeshShape | Mapping[str, int] | None = None,
+    dtype: str = "auto",
+    quantize: str = "",
+    max_length: int = 0,
+    tokenizer: str | Path | None = None,
+    batch_size: int = 16,
+) -> "Llama":
+    """Loads a checkpoint onto the default device, or spread over a mesh of all devices of all processes.
+
+    Compiled programs are kept in ~/.cache/llama_jax, or where JAX_COMPILATION_CACHE_DIR says, and found again by later runs.
+
+    Args:
+        checkpoint: a directory made by llama_jax.convert, the WORKDIR of a training run, or the source itself: a folder of
+            Meta's or Hugging Face's, or a file of llama2.c (which convert would also check for values that are not finite).
+        mesh: sizes of its axes, e.g. {"tensor": 8} or {"tensor": -1}, as far as the model allows; every device then reads
+            and holds its own part. None: one device.
+        dtype: of weights, activations and cache: bfloat16, float16, float32, or "auto": as stored, except that float16 becomes
+            bfloat16, which every accelerator multiplies, and float64 becomes float32.
+        quantize: "int8" rounds projections and head to 8 bits, a scale per output channel; "" does not.
+        max_length: tokens of prompt and answer together; the model's context when 0.
+        tokenizer: its file or folder, when the checkpoint has none.
+        batch_size: the most sequences generated at once; more wait their turn.
+
+    Raises:
+        LlamaError: there is no complete checkpoint, or a setting is out of range.
+    """
+    opened = open_weights(checkpoint)
+    if dtype == "auto":
+        dtype = {"float16": "bfloat16", "float64": "float32"}.get(opened.dtype.name, opened.dtype.name)
+    if dtype not in COMPUTE_DTYPES:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"dtype is {dtype!r}, expected auto or one of {', '.join(COMPUTE_DTYPES)}")
+    if not 0 <= max_length <= 2**20:
+        raise LlamaError(
+            ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
+        )
+    if quantize not in QUANTIZE:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected int8, or nothing for none")
+    if batch_size < 1:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
+    if max_length > opened.config.max_length:
+        note(f"warning: max_length {max_length:,} is beyond the {opened.config.max_length:,} tokens this model was made for")
+    _keep_compiled_programs()
+    devices = _mesh(opened.config, mesh)
+    text = _load_tokenizer(opened, tokenizer)
+    return Llama(
+        config=opened.config,
+        params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize),
+        mesh=devices,
+        tokenizer=text,
+        chat_format=_chat_format(opened, text),
+        max_length=max_length or opened.config.max_length,
+        batch_size=batch_size,
+    )
+
+
+def open_weights(path: epath.PathLike) -> Checkpoint | Source:
+    """A checkpoint, or weights of somebody else's that have not been converted."""
+    try:
+        return Checkpoint.open(path)
+    except LlamaError as error:
+        if error.code != ExitCode.NOT_A_CHECKPOINT or "://" in str(path):
+            raise
+        try:
+            source = open_source(Path(path))
+        except LlamaError as found:
+            raise (error if found.code == ExitCode.NO_WEIGHTS else found) from None
+    for line in source.notes:
+        note(line)
+    return source
+
+
+def _mesh(cfg: ModelConfig, wanted: MeshShape | Mapping[str, int] | None) -> Mesh | None:
+    if wanted is None:
+        return None
+    if not isinstance(wanted, MeshShape):
+        known = [field.name for field in dataclasses.fields(MeshShape)]
+        if unknown := [str(name) for name in wanted if name not in known]:
+            raise LlamaError(ExitCode.BAD_MESH, f"no such mesh axis: {', '.join(unknown)}; there are {', '.join(known)}")
+        wanted = MeshShape(**wanted)
+    shape = resolve_mesh(cfg, wanted, jax.device_count())
+    if wanted.tensor == -1 and shape.data > wanted.data:
+        note(f"note: tensor={shape.tensor} is the most this model allows; the other devices hold copies: {shape}")
+    return None if shape.num_devices == 1 else make_mesh(shape)
+
+
+def _load_tokenizer(opened: Checkpoint | Source, given: str | Path | None) -> Tokenizer | None:
+    if given:
+        tokenizer = load_tokenizer(given)
+    elif isinstance(opened, Source):
+        beside = [file for file in opened.tokenizer if file.name in FILE_NAMES]
+        tokenizer = load_tokenizer(beside[0].parent) if beside else None
+    else:
+        tokenizer = _stored_tokenizer(opened) if opened.tokenizer else None
+    if tokenizer is not None and tokenizer.vocab_size > opened.config.vocab_size:
+        raise LlamaError(
+            ExitCode.VOCAB_MISMATCH,
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {opened.config.vocab_size:,}: give its own",
+        )
+    return tokenizer
+
+
+def _chat_format(opened: Checkpoint | Source, tokenizer: Tokenizer | None) -> str:
+    if isinstance(opened, Checkpoint):
+        return opened.chat_format
+    return chat_format_of(opened.name, tokenizer.chat_template if tokenizer else None, tokenizer)
+
+
+def _stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's own, whose files may lie in a bucket."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in checkpoint.tokenizer:
+            (Path(scratch) / name).write_bytes((checkpoint.path / name).read_bytes())
+        return load_tokenizer(Path(scratch))
+
+
+def _keep_compiled_programs() -> None:
+    """Turns on JAX's persistent compilation cache, unless the user has chosen a place or turned it off."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE_DIR))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

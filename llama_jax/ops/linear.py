@@ -137,7 +137,15 @@ def lookup(table: Array, tokens: Array, dtype: DTypeLike) -> Array:
         return jax.lax.psum(rows, RULES["vocab"]) if is_partitioned() else rows
 
     run = per_device(look_up, (("vocab", "act_embed"), ("batch", "length")), ("batch", "length", "act_embed"))
-    return _constrain_activation(run(constrain(table.astype(dtype), "vocab", "act_embed"), tokens), "BTD")
+    return _constrain_activation(run(gather_table(table, dtype), tokens), "BTD")
+
+
+def gather_table(table: Array, dtype: DTypeLike) -> Array:
+    """An embedding or output table [V, D] in a dtype, whole over fsdp, each device keeping its part of the vocabulary."""
+    if table.dtype == dtype:
+        return constrain(table, "vocab", "act_embed")
+    # The barrier keeps the cast before the gather: XLA:TPU would gather float32 and cast after.
+    return constrain(jax.lax.optimization_barrier(table.astype(dtype)), "vocab", "act_embed")
 
 
 def _lookup_forward(table: Array, tokens: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:

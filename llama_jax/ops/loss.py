@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from llama_jax.ops.attention import MASKED
-from llama_jax.ops.linear import precision
+from llama_jax.ops.linear import gather_table, precision
 from llama_jax.sharding import RULES, constrain, is_partitioned, per_device, sum_and_scatter
 
 LOGITS_BYTES = 2**28  # of a chunk's logits in float32, on each device
@@ -59,7 +59,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _run(x, head, targets, weights, vocab_size, z_loss, *, with_gradients) -> tuple[Array, Array | None, Array | None]:
     """The loss and, if asked for, the gradients of x (its dtype) and of head (float32)."""
-    gathered = constrain(head.astype(x.dtype), *GATHERED_AXES)
+    gathered = gather_table(head, x.dtype)
     local = functools.partial(
         _local_loss, vocab_size=vocab_size, z_loss=z_loss, with_gradients=with_gradients, on_mesh=is_partitioned()
     )

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {
@@ -13,6 +13,7 @@ BITS = {
 }  # fmt: skip
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|[\w]+\[[^ ]*) ([\w-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -50,7 +51,7 @@ def instructions(text: str) -> Iterator[Instruction]:
     computation = ""
     for line in text.splitlines():
         if line and not line[0].isspace():
-            computation = line.split("(")[0].split()[-1] if "(" in line else computation
+            computation = line.split("(")[0].split()[-1] if line.endswith("{") and "(" in line else computation
             continue
         found = _INSTRUCTION.match(line)
         if found is None or found[3].endswith("-done"):
@@ -67,7 +68,18 @@ def instructions(text: str) -> Iterator[Instruction]:
         )
 
 
+def distinct_collectives(program: Iterable[Instruction]) -> list[Instruction]:
+    """Each collective once: XLA:TPU writes one that runs beside other work into each fusion that starts, carries or ends it."""
+    found: dict[tuple, Instruction] = {}
+    for i in program:
+        if i.opcode in COLLECTIVES:
+            channel = _CHANNEL.search(i.operands)
+            key = (i.opcode, channel[1], i.arrays, i.op_name) if channel else i.name
+            found.setdefault(key, i)
+    return list(found.values())
+
+
 def collectives(text: str) -> dict[str, int]:
-    """How many of each collective stand in a program; one in a loop's body counts once."""
-    counts = collections.Counter(found.opcode for found in instructions(text) if found.opcode in COLLECTIVES)
+    """How many of each collective a program has; one in a loop's body counts once."""
+    counts = collections.Counter(found.opcode for found in distinct_collectives(instructions(text)))
     return dict(sorted(counts.items()))

@@ -1,11 +1,10 @@
 """What is compiled ahead of time, and what any of it has to keep."""
 
-import collections
 import math
 
 from llama_jax.mesh import MeshShape
 from llama_jax.plan.compile import CompilerReport, compile_with_text
-from llama_jax.plan.hlo import COLLECTIVES, Instruction, instructions
+from llama_jax.plan.hlo import COLLECTIVES, Instruction, distinct_collectives, instructions
 from llama_jax.plan.request import PlanRequest, make_request
 
 COMPILE_SECONDS = 90
@@ -22,12 +21,8 @@ def compiled(
     assert abs(report.predicted_argument_bytes / report.argument_bytes - 1) < 0.10
     assert abs(report.predicted_peak_bytes / report.peak_bytes - 1) < 0.25
     assert report.compile_seconds < COMPILE_SECONDS
-    return request, report, list(instructions(text))
-
-
-def moved(program: list[Instruction]) -> collections.Counter:
-    """(opcode, bytes of the largest array) of the collectives that move more than a few numbers a token."""
-    return collections.Counter((i.opcode, i.nbytes) for i in program if i.opcode in COLLECTIVES and i.nbytes > 2**16)
+    program = list(instructions(text))
+    return request, report, [i for i in program if i.opcode not in COLLECTIVES] + distinct_collectives(program)
 
 
 def copies(program: list[Instruction], shape: tuple[int, ...]) -> list[str]:

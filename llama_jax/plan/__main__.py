@@ -52,7 +52,7 @@ def _parse() -> tuple[PlanRequest, argparse.Namespace]:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the computation (default: bfloat16)")
     parser.add_argument("--quantize", choices=("int8",), help="the weights of inference")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="of training (default: adamw)")
-    parser.add_argument("--first_moment", choices=DTYPES, help="dtype of adamw's (default: float32)")
+    parser.add_argument("--first_moment", choices=DTYPES, help="its dtype, in adamw and lion (default: float32)")
     parser.add_argument("--remat", choices=REMAT, help="what training computes again (default: full)")
     for name in MESH_FLAGS:
         parser.add_argument(f"--{name}", type=int, help="size of this mesh axis; -1: what is left (default: all are tried)")

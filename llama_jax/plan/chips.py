@@ -4,11 +4,12 @@ A TPU v4 or v5p chip has two TensorCores that are one device; a v7x chip has two
 
 Sources:
     [g] docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: peaks, HBM bandwidth, ICI and DCN per chip.
-    [b] jax-ml/scaling-book, tpus.md (one-way bandwidth of an ICI link; DCN per host) and gpus.md (NVLink, InfiniBand).
+    [b] jax-ml/scaling-book, tpus.md (one-way bandwidth of an ICI link; DCN per host) and gpus.md (NVLink, InfiniBand; memory
+        bandwidth and dense bfloat16 and int8 peaks of A100, H100, H200 and B200, to two digits; further digits are as quoted).
     [c] what libtpu 0.0.42.1 prints as "available HBM" when a program compiled ahead of time is too large.
-    [n] NVIDIA datasheets (A100, H100, H200, DGX B200, L4, T4), dense rates: half of what is printed "with sparsity".
+    [q] as commonly quoted: NVIDIA's own documents were not read. Every such number is named in `assumed`.
     [x] device_memory_size in openxla/xla, xla/backends/gpu/target_config/specs/{a100_sxm_40,a100_sxm_80,h100_sxm,b200}.txtpb.
-    [s] memory that nvidia-smi prints for the card, less what the driver keeps.
+    [s] memory that nvidia-smi prints for the card, as quoted, less what the driver keeps.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ class Chip:
         peak_bfloat16, peak_int8, peak_float32: dense matrix products, FLOP/s (int8: operations/s).
         link_bandwidth: bytes/s one way; of an ICI link to a neighbour, or of a GPU into its node.
         network_bandwidth: bytes/s one way out of the slice or node, this device's share.
-        assumed: names of fields above that no source states; the comments beside them say why they are what they are.
+        assumed: names of fields above for which no primary source was read; the comments beside them say what they rest on.
         devices_per_chip: 2 where a chip is two devices.
         is_tpu: on a torus of ICI links and compiled for by libtpu; otherwise a GPU in a node.
     """
@@ -72,6 +73,11 @@ def _gpu(
     )  # fmt: skip
 
 
+A100_QUOTED = ("peak_float32", "network_bandwidth")
+ALL_QUOTED = (
+    "hbm_bytes", "hbm_bandwidth", "peak_bfloat16", "peak_int8", "peak_float32", "link_bandwidth", "network_bandwidth",
+)  # fmt: skip
+
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
@@ -83,15 +89,16 @@ CHIPS: dict[str, Chip] = {
         # Per chip 2307 TFLOP/s, 7380 GB/s, DCN 100 Gbit/s, ICI 1200 GB/s as v5p [g], so a link as v5p's, shared by two devices.
         # int8 is not published: taken as bfloat16's.
         _tpu("v7x", 94.75, 3690, 1153.5, 1153.5, 45, 50, devices_per_chip=2, assumed=("peak_int8", "link_bandwidth")),
-        # Memory [x]; NVLink one way [b]; one 200 or 400 Gbit/s InfiniBand port a GPU [b, DGX A100].
-        _gpu("a100-40", 42_331_013_120, 1555, 312, 624, 19.5, 300, 200),
-        _gpu("a100-80", 85_100_068_864, 2039, 312, 624, 19.5, 300, 200),
-        _gpu("h100", 84_942_979_072, 3350, 989, 1979, 67, 450, 400),
-        _gpu("h200", 143_771 * 2**20 - DRIVER_BYTES, 4800, 989, 1979, 67, 450, 400, assumed=("hbm_bytes",)),  # [s]
-        _gpu("b200", 191_514_411_008, 8000, 2250, 4500, 80, 900, 400),
-        # PCIe 4 and 3 x16 one way; a node's 100 Gbit/s port shared by 8 (L4) and 4 (T4) GPUs, as clouds sell them: assumed.
-        _gpu("l4", 23_034 * 2**20 - DRIVER_BYTES, 300, 121, 242, 30.3, 32, 12.5, assumed=("hbm_bytes", "network_bandwidth")),
+        # Memory [x]; NVLink one way, and a 400 Gbit/s InfiniBand port a GPU (A100: 200) [b; A100's q]; float32 [q].
+        _gpu("a100-40", 42_331_013_120, 1555, 312, 624, 19.5, 300, 200, assumed=("hbm_bandwidth", *A100_QUOTED)),
+        _gpu("a100-80", 85_100_068_864, 2039, 312, 624, 19.5, 300, 200, assumed=A100_QUOTED),
+        _gpu("h100", 84_942_979_072, 3350, 989, 1979, 67, 450, 400, assumed=("peak_float32",)),
+        # Memory [s]
+        _gpu("h200", 143_771 * 2**20 - DRIVER_BYTES, 4800, 989, 1979, 67, 450, 400, assumed=("hbm_bytes", "peak_float32")),
+        _gpu("b200", 191_514_411_008, 8000, 2250, 4500, 80, 900, 400, assumed=("peak_float32",)),
+        # All [q] and [s]. PCIe 4 and 3 x16 one way; a node's 100 Gbit/s port shared by 8 (L4) and 4 (T4) GPUs.
+        _gpu("l4", 23_034 * 2**20 - DRIVER_BYTES, 300, 121, 242, 30.3, 32, 12.5, assumed=ALL_QUOTED),
         # No bfloat16 in its tensor cores (Turing): XLA computes it in float32.
-        _gpu("t4", 15_360 * 2**20 - DRIVER_BYTES, 320, 8.1, 130, 8.1, 16, 25, assumed=("hbm_bytes", "network_bandwidth")),
+        _gpu("t4", 15_360 * 2**20 - DRIVER_BYTES, 320, 8.1, 130, 8.1, 16, 25, assumed=ALL_QUOTED),
     )
 }  # fmt: skip

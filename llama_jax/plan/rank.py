@@ -135,10 +135,10 @@ def _kinds(request: PlanRequest) -> list[_Kind]:
     if request.trains:
         stronger = REMAT[REMAT.index(request.remat) + 1 :]
         kinds.append(_Kind(TIME, [degree(remat=policy) for policy in stronger]))
-        if request.optimizer == "adamw" and request.first_moment == "float32":
+        if request.optimizer != "sgd" and request.first_moment == "float32":
             kinds.append(_Kind(PRECISION, [degree(first_moment="bfloat16")]))
-        smaller = {"adamw": ("lion", "adafactor"), "lion": ("adafactor",)}.get(request.optimizer, ())
-        kinds.append(_Kind(RECIPE, [degree(optimizer=name, first_moment="float32") for name in smaller]))
+        if request.optimizer == "adamw":
+            kinds.append(_Kind(RECIPE, [degree(optimizer="lion")]))
     elif not request.quantize:
         kinds.append(_Kind(PRECISION, [degree(quantize="int8")]))
     if request.dtype == "float32":

@@ -103,7 +103,8 @@ def _table(plans: list[Plan]) -> list[str]:
     for plan in plans[:ROWS_SHOWN]:
         m, t, mesh = plan.memory, plan.timing, plan.mesh
         hbm = m.total + plan.spare_bytes
-        sizes = [m.weights, m.optimizer, m.gradients, m.temporary, m.cache]
+        cache = m.cache + m.new_cache
+        sizes = [m.weights, m.optimizer, m.gradients, m.temporary - m.gradients - m.new_cache, cache]
         cells = [
             str(mesh.dcn_data * mesh.data), str(mesh.fsdp), str(mesh.tensor),
             *(_short(size / GIB, 7) if size else "-" for size in sizes),

@@ -11,7 +11,7 @@ from llama_jax.plan.topology import Topology, parse_topology
 
 TASKS = ("train", "decode", "prefill")
 DTYPES = {"bfloat16": 2, "float32": 4}  # bytes
-OPTIMIZERS = ("adamw", "lion", "adafactor", "sgd")
+OPTIMIZERS = ("adamw", "lion", "sgd")  # llama_jax.training.optimizer.OPTIMIZERS
 REMAT = ("none", "projections", "full")  # llama_jax.model.stack.REMAT_POLICIES
 
 # What is planned when the request does not say; lengths are cut to the model's.
@@ -30,7 +30,7 @@ class PlanRequest:
             cache holds `length`. prefill: `batch` prompts of `length`.
         dtype: train: of the computation, parameters are float32. Otherwise of weights, cache and computation.
         quantize: "" or "int8": the projections' and the head's weights.
-        optimizer, first_moment, remat: of training; first_moment is the dtype of adamw's.
+        optimizer, first_moment, remat: of training; first_moment is the dtype of adamw's and lion's.
         mesh: the only one considered; None: all that are legal.
     """
 
@@ -101,8 +101,8 @@ def make_request(
         _one_of("--quantize", quantize, ("int8",))
         if trains:
             _refuse("--quantize int8 is of inference, and the task is train: parameters are trained in float32")
-    if first_moment == "bfloat16" and optimizer not in (None, "adamw"):
-        _refuse(f"--first_moment is adamw's, and the optimizer is {optimizer}: leave it out")
+    if first_moment == "bfloat16" and optimizer == "sgd":
+        _refuse("--first_moment is of adamw and lion, and sgd has none: leave it out")
     for flag, value in (("--batch", batch), ("--length", length)):
         if value is not None and value < 1:
             _refuse(f"{flag} is {value}, expected 1 or more")

@@ -1,15 +1,15 @@
 """Predicted seconds of a step: the slowest of what overlaps, plus what cannot.
 
 Terms, per device:
-    FLOPs  2 N T + 2 T^2 (N H) L a sequence forward (attention's causal half), three times that in training, and the layers'
-           forward once more where it is computed again (remat full); at FLOPS_SHARE of the peak.
+    FLOPs  2 P T + 2 T^2 N H L a sequence forward (P parameters in products; attention's causal half), three times that in
+           training, and the layers' forward once more where it is computed again (remat full); at FLOPS_SHARE of the peak.
     HBM    bytes read and written at the published bandwidth. Decode: (weights + cache) / bandwidth, a floor.
     ICI    all-reduces over tensor, gathers and scatters over fsdp, all-reduces over data inside a slice or node.
     DCN    the same across slices or nodes.
 
 Overlap (jax-ml/scaling-book, training.md): FSDP's and data parallelism's collectives are "not on the critical path" and hide
 behind the computation, so a step takes the maximum of the terms; tensor parallelism's all-reduces are "on the critical path",
-and nothing of the same rows can run meanwhile, so they are added. Decode (inference.md): attention is always bound by HBM, so
+and little of the same rows can run meanwhile, so they are added. Decode (inference.md): attention is always bound by HBM, so
 the cache's time is added to the larger of the weights' and the FLOPs'.
 """
 
@@ -24,7 +24,7 @@ from llama_jax.plan.shapes import elements, gathered, weights
 
 FLOPS_SHARE = 0.8  # of the peak that matrix products reach: 790 of 989 TFLOP/s on one H200 with random data; assumed elsewhere
 FLOAT32 = memory.FLOAT32
-OPTIMIZER_SLOTS = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 0}
+OPTIMIZER_SLOTS = {"adamw": 2, "lion": 1, "sgd": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def weight_traffic(request: PlanRequest, mesh: MeshShape) -> float:
         return stored * (2 if mesh.fsdp > 1 else 1)
     size = sum(w.count * elements(w.axes, whole) for w in read)
     passes = 3 if request.remat == "full" else 2
-    own = memory.gradient_bytes(request, mesh)  # float32 of this device's part
+    own = memory.weight_bytes(request, mesh)  # float32 of this device's part
     return passes * request.itemsize * size + FLOAT32 * size + own * (3 + 2 * OPTIMIZER_SLOTS[request.optimizer])
 
 
@@ -161,23 +161,25 @@ def hidden_seconds(request: PlanRequest, mesh: MeshShape) -> dict[str, float]:
         return seconds
     size = sum(w.count * elements(w.axes, whole) for w in every)
     add(along["fsdp"], 2 * along["fsdp"].gather_seconds(request.itemsize * size) + along["fsdp"].gather_seconds(FLOAT32 * size))
-    own = memory.gradient_bytes(request, mesh)
+    own = memory.weight_bytes(request, mesh)
     add(along["data"], along["data"].reduce_seconds(own))
     add(along["dcn_data"], along["dcn_data"].reduce_seconds(own / mesh.data))
     return seconds
 
 
 def exposed_seconds(request: PlanRequest, mesh: MeshShape) -> tuple[float, bool]:
-    """Seconds of tensor's all-reduces, and whether they leave the node.
+    """Seconds of tensor's collectives, and whether they leave the node.
 
-    Of [b, T, D] in c: 2 a layer forward, 2 a layer backward, one more where remat full computes the attention's again (that of
-    the MLP's result is not needed); one for the embedding. Inference also gathers [b, V'] float32 logits once.
+    Of [b, T, D] in c, counted in all-reduces: a reduce-scatter of a projection's result to the devices' parts of the sequence,
+    or the all-gather of a norm's result from them, is half of one. Forward 2 a layer; backward 2, and the two norms' results
+    gathered again; remat full also computes the attention's result again. The embedding's sum, and in training its cotangent
+    and the head's input and cotangent. Inference also gathers [b, V'] float32 logits once.
     """
     cfg, wire = request.config, wires(request.topology, mesh)["tensor"]
     rows = request.rows(mesh)
     nbytes = rows * (1 if request.task == "decode" else request.length) * cfg.embed_dim * request.itemsize
-    per_layer = 2 if not request.trains else 5 if request.remat == "full" else 4
-    seconds = (per_layer * cfg.num_layers + 1) * wire.reduce_seconds(nbytes)
+    per_layer, ends = (2, 1) if not request.trains else (5.5 if request.remat == "full" else 5, 3)
+    seconds = (per_layer * cfg.num_layers + ends) * wire.reduce_seconds(nbytes)
     if not request.trains:
         seconds += wire.gather_seconds(rows * padded_vocab(cfg.vocab_size, mesh.tensor) * FLOAT32)
     return seconds, wire.network

@@ -5,7 +5,7 @@ import pytest
 from llama_jax.config import PRESETS
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.mesh import MeshShape
-from llama_jax.plan.request import REMAT, make_request
+from llama_jax.plan.request import OPTIMIZERS, REMAT, make_request
 
 
 def refused(code: ExitCode, *request, **more) -> str:
@@ -68,7 +68,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
         ("decode", {"first_moment": "bfloat16"}, "--first_moment bfloat16 is of training"),
         ("train", {"quantize": "int8"}, "--quantize int8 is of inference"),
         ("decode", {"quantize": "int4"}, "--quantize is 'int4', expected one of int8"),
-        ("train", {"optimizer": "lion", "first_moment": "bfloat16"}, "--first_moment is adamw's"),
+        ("train", {"optimizer": "sgd", "first_moment": "bfloat16"}, "--first_moment is of adamw and lion"),
         ("train", {"remat": "some"}, "--remat is 'some', expected one of none, projections, full"),
         ("serve", {}, "--task is 'serve', expected one of train, decode, prefill"),
         ("train", {"dtype": "float16"}, "--dtype is 'float16', expected one of bfloat16, float32"),
@@ -105,3 +105,9 @@ def test_remat_policies_are_the_models():
     from llama_jax.model.stack import REMAT_POLICIES
 
     assert set(REMAT) == set(REMAT_POLICIES)
+
+
+def test_optimizers_are_trainings():
+    from llama_jax.training import optimizer
+
+    assert set(OPTIMIZERS) == set(optimizer.OPTIMIZERS)

@@ -47,8 +47,7 @@ $(VENV)-aot/done: requirements-aot.txt $(VENV)/dev
 	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(VENV)-aot/bin/python -c "$$site")/core.pth"
 	@$(VENV)-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-aot.txt \
-	    || echo "the compilers cannot be installed here: what needs them will be skipped" >&2
-	@touch $@
+	    && touch $@ || echo "the compilers cannot be installed here: what needs them will be skipped" >&2
 
 clean:
 	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .ruff_cache .hypothesis

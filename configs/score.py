@@ -8,7 +8,7 @@ from configs.sample import BUNDLED, mesh
 
 def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
-    c.checkpoint = BUNDLED  # a directory made by llama_jax.convert, or the WORKDIR of a training run
+    c.checkpoint = BUNDLED  # made by llama_jax.convert, a training run's WORKDIR, or Meta's or HF's folder
     c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
     c.dtype = "auto"  # of weights and activations: auto (as stored), bfloat16, float32, float16
     c.quantize = ""  # int8: weights rounded to 8 bits

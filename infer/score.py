@@ -40,13 +40,9 @@ def log_likelihoods(llama: Any, tokens: Sequence[int], window: int, stride: int)
 
 def main() -> None:
     config = CONFIG.value
-    if bool(TEXT.value) == bool(TOKENS.value):
-        raise LlamaError(ExitCode.BAD_REQUEST, "give one of --text FILE and --tokens IN.npy")
-    if LOGITS.value and not TOKENS.value:
-        raise LlamaError(ExitCode.BAD_REQUEST, "--logits goes with --tokens")
-    rows, text = distributed.broadcast(_read() if distributed.is_main() else None)
+    rows, text, wants_logits = distributed.broadcast(_read() if distributed.is_main() else None)
     llama = program.load(config)
-    if LOGITS.value:
+    if wants_logits:
         logits = np.concatenate([llama.logits([row]) for row in rows])
         if distributed.is_main():
             with open(LOGITS.value, "wb") as file:
@@ -62,10 +58,14 @@ def main() -> None:
     print(json.dumps(_summary(found, len(text.encode()))))
 
 
-def _read() -> tuple[list[list[int]] | None, str]:
-    """The rows of --tokens, or the text of --text."""
+def _read() -> tuple[list[list[int]] | None, str, bool]:
+    """The rows of --tokens or the text of --text, and whether logits are asked for."""
+    if bool(TEXT.value) == bool(TOKENS.value):
+        raise LlamaError(ExitCode.BAD_REQUEST, "give one of --text FILE and --tokens IN.npy")
+    if LOGITS.value and not TOKENS.value:
+        raise LlamaError(ExitCode.BAD_REQUEST, "--logits goes with --tokens")
     rows = _read_tokens(Path(TOKENS.value)).tolist() if TOKENS.value else None
-    return rows, _read_text(Path(TEXT.value)) if TEXT.value else ""
+    return rows, _read_text(Path(TEXT.value)) if TEXT.value else "", bool(LOGITS.value)
 
 
 def _summary(found: np.ndarray, nbytes: int) -> dict[str, float]:

@@ -11,8 +11,9 @@ and its length is known everywhere; and the key-value store and its beats are pr
 So the processes first meet at process 0 by plain TCP, on the coordinator's port, and stay connected. A process that raises
 says so there before it ends; the connection of one that is killed closes; a machine that stops or loses its network sends no
 more beats. In each case a thread of every other process names it and ends its own with ExitCode.PEER_DIED, wherever the main
-thread is. jax's own service listens on process 0's loopback and is reached through the same port: one port is all that has
-to be open, and a connection that breaks is ours to report. Only Kubernetes is asked by a private part of jax.
+thread is. jax's own service listens on process 0's loopback and is reached through the same port: that one has to be open
+(collectives open others of their own: gloo's, NCCL's, those between slices), and a broken connection is ours to report. Only
+Kubernetes is asked by a private part of jax.
 
 Nothing is encrypted or authenticated, here or in jax: the port belongs in a private network.
 """

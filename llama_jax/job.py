@@ -22,6 +22,7 @@ RETRY_SECONDS = 0.2
 GRACE_SECONDS = 2.0  # for a process to end by its own error when another has: often both found the same mistake
 NEWS_SECONDS = 3.0  # for the news that another process has ended, when a collective fails
 FAREWELL_SECONDS = 2.0  # for the others to hear how this process ended
+LINE = 2**24  # bytes of a message's first line: names of all hosts, a long command
 NAMED = 8  # missing processes listed in an error
 GONE = (OSError, EOFError, ValueError, KeyError, TypeError)  # what reading from a connection that broke or is not ours raises
 
@@ -134,7 +135,9 @@ class Job:
         loopback = host == "localhost" or host.startswith("127.") or host == "::1"
         try:
             self.servers.append(
-                await asyncio.start_server(lambda *ends: self._start(self._welcome(*ends)), host if loopback else None, port)
+                await asyncio.start_server(
+                    lambda *ends: self._start(self._welcome(*ends)), host if loopback else None, port, limit=LINE
+                )
             )
         except OSError as error:
             raise LlamaError(
@@ -231,7 +234,7 @@ class Job:
         if message["kind"] == "refused":
             raise LlamaError(ExitCode(message["code"]), message["message"])
         self.hosts = dict(enumerate(message["hosts"]))
-        tunnel = await asyncio.start_server(lambda *ends: self._start(self._open_tunnel(*ends)), "127.0.0.1", 0)
+        tunnel = await asyncio.start_server(lambda *ends: self._start(self._open_tunnel(*ends)), "127.0.0.1", 0, limit=LINE)
         self.servers.append(tunnel)
         self.jax_address = f"127.0.0.1:{tunnel.sockets[0].getsockname()[1]}"
         self.started = True
@@ -246,7 +249,7 @@ class Job:
             async with asyncio.timeout(timeout_seconds):
                 while True:
                     try:
-                        return Link(*await asyncio.open_connection(*self.cluster.address))
+                        return Link(*await asyncio.open_connection(*self.cluster.address, limit=LINE))
                     except OSError as error:
                         problem = error.strerror or str(error)
                     await asyncio.sleep(RETRY_SECONDS)
@@ -360,7 +363,7 @@ class Job:
     async def _open_tunnel(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """jax of another process connects. Should process 0 die, jax is not told: it would end the process its own way."""
         try:
-            far = Link(*await asyncio.open_connection(*self.cluster.address))
+            far = Link(*await asyncio.open_connection(*self.cluster.address, limit=LINE))
             far.send("tunnel")
             incoming = self._start(_pump(far.reader, writer))
             await _pump(reader, far.writer)

@@ -71,7 +71,8 @@ def why_illegal(cfg: ModelConfig, mesh: MeshShape, batch_size: int | None = None
     if cfg.mlp_dim % t:
         return f"mlp_dim {cfg.mlp_dim} is not divisible by tensor={t}"
     if batch_size is not None and batch_size % mesh.batch_shards:
-        return f"a batch of {batch_size} is not divisible by data * fsdp = {mesh.batch_shards}"
+        product = "dcn_data * data * fsdp" if mesh.dcn_data > 1 else "data * fsdp"
+        return f"a batch of {batch_size} is not divisible by {product} = {mesh.batch_shards}"
     return ""
 
 

@@ -4,6 +4,7 @@ Every parameter, cache and batch array names its axes; where an axis lies on the
 here and nowhere else. The checkpoint cuts its chunks along the same axes, so that a device reads little more than its part.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.mesh import MESH_AXES, MeshShape
 
 RULES: dict[str, str | tuple[str, ...] | None] = {  # None: whole on every device
@@ -41,14 +43,22 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     """The mesh ("data", "fsdp", "tensor") over devices (all, unless given), neighbours on tensor nearest on the wire.
 
     With dcn_data > 1 the data axis is dcn_data * data long and crosses slices only along its first part.
+
+    Raises:
+        LlamaError: dcn_data is not the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "tpu" and slices != shape.dcn_data:
+        raise LlamaError(
+            ExitCode.BAD_MESH, f"these devices are {slices} slices, and mesh.dcn_data is {shape.dcn_data}: it must be {slices}"
+        )
     inside = (shape.data, shape.fsdp, shape.tensor)
     total = (shape.dcn_data * shape.data, shape.fsdp, shape.tensor)
-    if shape.dcn_data > 1 and len({getattr(device, "slice_index", 0) for device in devices}) == shape.dcn_data:
+    if 1 < shape.dcn_data == slices:
         dcn = (shape.dcn_data, 1, 1)
         array = mesh_utils.create_hybrid_device_mesh(inside, dcn, devices, allow_split_physical_axes=True)
-    elif devices[0].platform == "tpu" and shape.dcn_data == 1:
+    elif devices[0].platform == "tpu":
         array = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     else:  # one after the other: consecutive devices share a host
         array = np.array(devices).reshape(total)
@@ -116,21 +126,25 @@ def sum_and_scatter(gradient: Array, axis: int) -> Array:
         gradient: whole along `axis`, the weight's embed.
     """
 
-    def scatter(gradient: Array, groups: list[list[int]] | None = None) -> Array:
-        return jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True, axis_index_groups=groups)
-
-    def scatter_twice(gradient: Array) -> Array:
-        size = mesh_axis_size("fsdp")
-        parts = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
-        rest = size // parts
-        gradient = scatter(gradient, [[i + rest * j for j in range(parts)] for i in range(rest)])
-        return scatter(gradient, [[i + rest * j for i in range(rest)] for j in range(parts)])
-
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=axis, tiled=True)
     if fsdp_is_wide():
-        gradient = jax.lax.platform_dependent(gradient, tpu=scatter_twice, default=scatter)
+        twice = functools.partial(scatter_twice, axis=axis)
+        gradient = jax.lax.platform_dependent(gradient, tpu=twice, default=scatter)
     else:
         gradient = scatter(gradient)
     return jax.lax.psum(gradient, "data")
+
+
+def scatter_twice(gradient: Array, axis: int) -> Array:
+    """The sum over fsdp, scattered over groups of devices, and what they got over groups across those."""
+    size = mesh_axis_size("fsdp")
+    parts = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+    rest = size // parts
+    first = [[i + rest * j for j in range(parts)] for i in range(rest)]
+    second = [[i + rest * j for i in range(rest)] for j in range(parts)]
+    for groups in (first, second):
+        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True, axis_index_groups=groups)
+    return gradient
 
 
 def fsdp_is_wide() -> bool:

@@ -1,12 +1,18 @@
 """The table from logical axis to mesh axis."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from llama_jax import sharding
 from llama_jax.config import PRESETS
+from llama_jax.errors import LlamaError
+from llama_jax.mesh import MeshShape
 from llama_jax.model import param_axes
-from llama_jax.sharding import RULES, spec
+from llama_jax.ops.linear import project
+from llama_jax.sharding import RULES, make_mesh, scatter_twice, spec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -64,3 +70,42 @@ def test_two_axes_on_one_mesh_axis_are_refused():
         spec("heads", "mlp")
     with pytest.raises(ValueError, match="'fsdp'"):
         spec("batch", "embed")
+
+
+def test_scattering_in_two_steps_is_scattering():
+    x = jax.random.normal(jax.random.key(0), (8, 3, 16))
+
+    def both(x):
+        once = jax.lax.psum_scatter(x[0], "fsdp", scatter_dimension=1, tiled=True)
+        return once, scatter_twice(x[0], axis=1)
+
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=8))):
+        parts = jax.shard_map(both, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec(None, "fsdp"))(x)
+    for part in parts:
+        np.testing.assert_allclose(part, x.sum(0), rtol=0, atol=1e-5)
+
+
+def test_gradients_over_a_wide_fsdp_are_those_of_one_device(monkeypatch):
+    x, w = jax.random.normal(jax.random.key(0), (8, 4, 16)), jax.random.normal(jax.random.key(1), (24, 16))
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(project("BTD,FD->BTF", x, w)))
+
+    expected = jax.grad(loss, argnums=(0, 1))(x, w)
+    monkeypatch.setattr(sharding, "WIDE_FSDP", 4)
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=8))):
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        found = step(x, w)
+        assert "reduce_scatter" in step.lower(x, w).as_text()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
+
+
+def test_devices_of_several_slices_ask_for_as_many(monkeypatch):
+    class Device:
+        platform = "tpu"
+
+        def __init__(self, slice_index):
+            self.slice_index = slice_index
+
+    with pytest.raises(LlamaError, match=r"these devices are 2 slices, and mesh.dcn_data is 1: it must be 2"):
+        make_mesh(MeshShape(fsdp=4), [Device(i // 2) for i in range(4)])

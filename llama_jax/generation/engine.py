@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
@@ -101,7 +102,9 @@ class Engine:
         """[B, longest row, V] float32 of rows of tokens; after a row's end they mean nothing."""
         padded, lengths = self._pad(rows, self._batch(len(rows)))
         found = self._on_mesh(programs.all_logits, self.cfg, self.params, padded, lengths)
-        return np.asarray(found)[: len(rows), : max(map(len, rows))]
+        if jax.process_count() > 1:
+            found = multihost_utils.process_allgather(found, tiled=True)
+        return np.asarray(found)[: len(rows), : max(map(len, rows)), : self.cfg.vocab_size]
 
     def warm_up(self, batch_size: int = 1, *, logprobs: bool = False, history: bool = False) -> None:
         """Compiles every program that requests up to this batch size can need; nothing is compiled after.

@@ -52,6 +52,7 @@ class Llama:
         self.chat_format = chat_format
         self.max_length = max_length or config.max_length
         self.batch_size = batch_size
+        self.mesh = mesh
         self.engine = Engine(config, params, self.max_length, mesh)
 
     def generate(

@@ -24,7 +24,6 @@ from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
 
 CACHE_DIR = "~/.cache/llama_jax"
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
-QUANTIZE = ("", "int8")
 
 
 def load(
@@ -32,11 +31,11 @@ def load(
     *,
     mesh: MeshShape | Mapping[str, int] | None = None,
     dtype: str = "auto",
-    quantize: str = "",
+    quantize: str | None = None,
     max_length: int = 0,
     tokenizer: str | Path | None = None,
     batch_size: int = 16,
-) -> "Llama":
+) -> Llama:
     """Loads a checkpoint onto the default device, or spread over a mesh of all devices of all processes.
 
     Compiled programs are kept in ~/.cache/llama_jax, or where JAX_COMPILATION_CACHE_DIR says, and found again by later runs.
@@ -48,7 +47,7 @@ def load(
             and holds its own part. None: one device.
         dtype: of weights, activations and cache: bfloat16, float16, float32, or "auto": as stored, except that float16 becomes
             bfloat16, which every accelerator multiplies, and float64 becomes float32.
-        quantize: "int8" rounds projections and head to 8 bits, a scale per output channel; "" does not.
+        quantize: "int8" rounds projections and head to 8 bits, a scale per output channel (a tied head stays as it is)
         max_length: tokens of prompt and answer together; the model's context when 0.
         tokenizer: its file or folder, when the checkpoint has none.
         batch_size: the most sequences generated at once; more wait their turn.
@@ -65,8 +64,8 @@ def load(
         raise LlamaError(
             ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
         )
-    if quantize not in QUANTIZE:
-        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected int8, or nothing for none")
+    if quantize not in (None, "", "int8"):
+        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected int8, or None for none")
     if batch_size < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
     if max_length > opened.config.max_length:
@@ -76,7 +75,7 @@ def load(
     text = _load_tokenizer(opened, tokenizer)
     return Llama(
         config=opened.config,
-        params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize),
+        params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize or ""),
         mesh=devices,
         tokenizer=text,
         chat_format=_chat_format(opened, text),
@@ -104,10 +103,15 @@ def open_weights(path: epath.PathLike) -> Checkpoint | Source:
 def _mesh(cfg: ModelConfig, wanted: MeshShape | Mapping[str, int] | None) -> Mesh | None:
     if wanted is None:
         return None
+    if not isinstance(wanted, MeshShape | Mapping):
+        raise LlamaError(ExitCode.BAD_MESH, f"mesh is {type(wanted).__name__}, expected sizes, e.g. {{'tensor': 8}}")
     if not isinstance(wanted, MeshShape):
         known = [field.name for field in dataclasses.fields(MeshShape)]
         if unknown := [str(name) for name in wanted if name not in known]:
             raise LlamaError(ExitCode.BAD_MESH, f"no such mesh axis: {', '.join(unknown)}; there are {', '.join(known)}")
+        for name, size in wanted.items():
+            if type(size) is not int:
+                raise LlamaError(ExitCode.BAD_MESH, f"mesh.{name} is {size!r}, expected a whole number")
         wanted = MeshShape(**wanted)
     shape = resolve_mesh(cfg, wanted, jax.device_count())
     if wanted.tensor == -1 and shape.data > wanted.data:

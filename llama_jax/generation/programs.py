@@ -95,7 +95,10 @@ def grow(state: DecodeState, *, cache_length: int) -> DecodeState:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def insert(state: DecodeState, slot: Array, row: DecodeState) -> DecodeState:
-    """Puts a sequence that was prefilled alone (B = 1, the same cache length) into a row of a batch, in place."""
+    """Puts the first row of a state (of the same cache length) into a row of a batch, in place.
+
+    On a mesh the state has as many rows as the mesh divides, and its first moves to the devices of the slot.
+    """
     return place(jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one[0], slot, 0), state, row))
 
 
@@ -124,10 +127,10 @@ def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def all_logits(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array) -> Array:
-    """[B, T] -> [B, T, V] float32."""
+    """[B, T] -> [B, T, V'] float32, divided over the mesh."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length)
-    return constrain(logits(cfg, params, x)[..., : cfg.vocab_size], None, None, None)
+    return logits(cfg, params, x)
 
 
 def _decode_step(cfg: ModelConfig, params: Params, state: DecodeState, num_top: int) -> tuple[DecodeState, Output]:

@@ -45,7 +45,7 @@ class DecodeState:
         lengths: [B] int32, tokens in the cache.
         prompt_lengths: [B] int32.
         done: [B] bool.
-        cache: per layer k, v [B, K, S, H].
+        cache: per layer k, v [B, K', S, H].
         controls: what each row asked for.
         history: [B, V] arrays when a row uses a penalty or a bias, else None.
     """

@@ -1,4 +1,5 @@
-"""Weights in int8: the projections and the head, which a decode step reads whole; embedding and norms keep their dtype."""
+"""Weights in int8: the projections and the head, which a decode step reads whole; embedding (and with it a tied
+head) and norms keep their dtype."""
 
 from collections.abc import Callable
 from typing import Any

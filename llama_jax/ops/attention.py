@@ -31,7 +31,7 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
             mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
         return checkpoint_name(attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask), "attention")
 
-    if not splash.supports(q.shape[1], q.shape[3]):
+    if q.dtype == jnp.float32 or not splash.supports(q.shape[1], q.shape[3]):  # the kernel has no full float32 precision
         return plain(q, k, v, segment_ids)
     heads, kv_heads = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
     on_tpu = per_device(splash.attend_splash, (heads, kv_heads, kv_heads, ("batch", "length")), heads)

@@ -198,9 +198,16 @@ def _dot_backward(equation: str, saved: tuple[Array, Array], cotangent: Array) -
     a, b = saved
     letters_a, letters_b, letters = _letters(equation)
     cotangent = cotangent.astype(a.dtype)
-    da = _einsum(f"{letters},{letters_b}->{letters_a}", cotangent, b)
-    db = _einsum(f"{letters},{letters_a}->{letters_b}", cotangent, a)
-    return da.astype(a.dtype), db.astype(b.dtype)
+    return _product_as(letters_a, letters, cotangent, letters_b, b), _product_as(letters_b, letters, cotangent, letters_a, a)
+
+
+def _product_as(result: str, letters_a: str, a: Array, letters_b: str, b: Array) -> Array:
+    """The product in the operands' dtype, axes moved after the cast: XLA:CPU has no bfloat16 kernel for every order."""
+    shared = [letter for letter in letters_a if letter in letters_b and letter in result]
+    free = [letter for letter in letters_a + letters_b if letter in result and letter not in shared]
+    natural = "".join(shared + free)
+    product = _einsum(f"{letters_a},{letters_b}->{natural}", a, b).astype(a.dtype)
+    return jnp.transpose(product, [natural.index(letter) for letter in result])
 
 
 dot.defvjp(_dot_forward, _dot_backward)

@@ -39,7 +39,7 @@ def cross_entropy(x: Array, head: Array, targets: Array, weights: Array, vocab_s
         z_loss: 0 for none.
 
     Returns:
-        A float32 scalar.
+        A float32 scalar; x and head have gradients, the others none.
     """
     return _run(x, head, targets, weights, vocab_size, z_loss, with_gradients=False)[0]
 

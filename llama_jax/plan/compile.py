@@ -127,7 +127,7 @@ def compiler_devices(topology: Topology) -> tuple[Sequence[Any], str]:
             "fits this jax, pip install 'jax[tpu]' (no TPU is needed)",
         )
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    for name, value in (ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": topology.name.split("xv")[-1]}).items():
+    for name, value in (ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": re.sub(r"^\d+x", "", topology.name)}).items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 

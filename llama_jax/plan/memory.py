@@ -27,6 +27,7 @@ UNREDUCED_GPU = 0.6  # of the layers, whose float32 gradients XLA:GPU has not ye
 NORMS_GPU = 2  # [b, T/t, D] of every layer that XLA:GPU keeps with them, for the norms' gradients
 HEADS_GPU = 2  # of the head's gradient: XLA:GPU's loop over chunks has it twice
 LANES = 128  # of a TPU's registers: the last axis of an array is filled up to a multiple
+WIDE_FSDP = 32  # llama_jax.sharding.WIDE_FSDP: from here on gradients are scattered in two steps where fsdp is the whole mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +122,9 @@ def stored_bytes(request: PlanRequest, weight: Weight, mesh: MeshShape) -> int:
 def gradient_bytes(request: PlanRequest, mesh: MeshShape) -> float:
     """Of the layers, float32, in the parameters' shapes and shardings.
 
-    TPUs keep the MLP's with embed as last axis: where fsdp leaves less than LANES of it, it is filled up. On GPUs with fsdp,
-    UNREDUCED_GPU of them are still whole, and L x b T x NORMS_GPU x D c / t waits for the norms'.
+    TPUs whose whole mesh is fsdp, and more than WIDE_FSDP, keep the MLP's with embed as last axis: where fsdp leaves less than
+    LANES of it, it is filled up. On GPUs with fsdp, UNREDUCED_GPU of them are still whole, and L x b T x NORMS_GPU x D c / t
+    waits for the norms'.
     """
     layers = layer_weights(request, mesh)
     own = sum(w.count * elements(w.axes, mesh) * _filled(request, w, mesh) for w in layers)
@@ -135,9 +137,9 @@ def gradient_bytes(request: PlanRequest, mesh: MeshShape) -> float:
 
 def _filled(request: PlanRequest, weight: Weight, mesh: MeshShape) -> float:
     """Elements in memory per element of a weight's gradient."""
-    part = request.config.embed_dim // mesh.fsdp
+    is_wide = request.topology.chip.is_tpu and WIDE_FSDP < mesh.fsdp == mesh.num_devices
     is_mlp = any(axis == "mlp" for axis, _ in weight.axes)
-    return max(1, LANES / part) if request.topology.chip.is_tpu and is_mlp else 1
+    return max(1, LANES * mesh.fsdp / request.config.embed_dim) if is_wide and is_mlp else 1
 
 
 def optimizer_bytes(request: PlanRequest, mesh: MeshShape) -> int:

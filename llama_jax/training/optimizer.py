@@ -23,9 +23,9 @@ class OptimizerConfig:
         warmup_steps: the rate rises linearly from 0 for so many steps.
         total_steps: then falls along a cosine until here.
         final_ratio: to this share of the peak.
-        b1, b2, eps: of adamw and lion; sgd has no moments.
+        b1, b2: of adamw and lion; eps: of adamw; sgd has no moments.
         weight_decay: on matrices only, times the rate.
-        clip_norm: gradients are scaled down to this global norm.
+        clip_norm: gradients are scaled down to this global norm; math.inf for never.
         moment_dtype: of the first moment.
     """
 
@@ -48,6 +48,15 @@ class OptimizerConfig:
             raise LlamaError(
                 ExitCode.BAD_CONFIG, f"moment_dtype is {self.moment_dtype!r}, expected one of {', '.join(MOMENT_DTYPES)}"
             )
+        for name in ("peak_lr", "clip_norm", "eps"):
+            if not getattr(self, name) > 0:
+                raise LlamaError(ExitCode.BAD_CONFIG, f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("warmup_steps", "total_steps", "weight_decay", "final_ratio"):
+            if not getattr(self, name) >= 0:
+                raise LlamaError(ExitCode.BAD_CONFIG, f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise LlamaError(ExitCode.BAD_CONFIG, f"{name} is {getattr(self, name)}, expected 0 or more, below 1")
 
 
 def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:

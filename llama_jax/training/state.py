@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import ModelConfig
+from llama_jax.mesh import MESH_AXES, MeshShape, resolve_mesh
 from llama_jax.model import Params, init_params, param_axes, param_shapes
 from llama_jax.sharding import tree_shardings
 
@@ -45,8 +46,15 @@ def state_shapes(cfg: ModelConfig, optimizer: optax.GradientTransformation, *, t
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
 
 
+def check_mesh(cfg: ModelConfig, mesh: Mesh, batch_size: int | None = None) -> None:
+    """Refuses a mesh that does not divide the model, or the rows of a batch."""
+    shape = MeshShape(**{name: mesh.shape[name] for name in MESH_AXES})
+    resolve_mesh(cfg, shape, mesh.size, batch_size=batch_size)
+
+
 def state_shardings(cfg: ModelConfig, optimizer: optax.GradientTransformation, *, mesh: Mesh, scan: bool) -> TrainState:
     """Where every array of the state lies: parameters by their logical axes, what is shaped like them beside them."""
+    check_mesh(cfg, mesh)
     shapes = state_shapes(cfg, optimizer, tensor=mesh.shape["tensor"], scan=scan)
     params = tree_shardings(mesh, param_axes(cfg, scan=scan), shapes.params)
     everywhere = NamedSharding(mesh, PartitionSpec())

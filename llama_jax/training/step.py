@@ -16,7 +16,7 @@ from llama_jax.model import REMAT_POLICIES, Params, head, train_states
 from llama_jax.ops.loss import cross_entropy
 from llama_jax.ops.norm import rms_norm
 from llama_jax.sharding import constrain
-from llama_jax.training.state import TrainState, state_shardings
+from llama_jax.training.state import TrainState, check_mesh, state_shardings
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
 # XLA:TPU would cast all layers' weights at once, before the loop that casts each (its pass that narrows float32 arrays whose
@@ -66,10 +66,16 @@ def make_train_step(
     jax.set_mesh(mesh).
 
     Metrics: loss, and grad_norm before clipping; float32 scalars.
+
+    Raises:
+        LlamaError: the mesh does not divide the model, or (when called) the batch; with the nearest meshes that do.
     """
     shardings = state_shardings(cfg, optimizer, mesh=mesh, scan=config.scan_layers)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        if mesh.size > 1 and jax.sharding.get_abstract_mesh() != mesh.abstract_mesh:
+            raise ValueError("the step was called outside jax.set_mesh(mesh): nothing would be divided as it should")
+        check_mesh(cfg, mesh, batch.tokens.shape[0])
         loss, grads = jax.value_and_grad(lambda params: batch_loss(cfg, config, params, batch))(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from llama_jax.config import PRESETS
-from llama_jax.model import init_params, param_axes, param_shapes
-from llama_jax.sharding import RULES
-from tests.model.make import CONFIGS, TINY
+from llama_jax.model import init_params, param_axes, param_shapes, stack_layers, unstack_layers
+from llama_jax.sharding import RULES, tree_shardings
+from tests.make_mesh import MESHES, mesh_of
+from tests.model.make import CONFIGS, TINY, params_of
 
 
 def is_names(leaf: object) -> bool:
@@ -55,3 +56,50 @@ def test_initial_parameters_are_normal_and_no_two_alike():
     for leaf in jax.tree.leaves(params):
         if leaf.ndim == 1:
             np.testing.assert_array_equal(leaf, 1)
+
+
+# Two forms, and meshes
+
+ODD = dataclasses.replace(TINY, num_heads=16, vocab_size=321)
+initialised = jax.jit(init_params, static_argnums=0, static_argnames=("scan", "tensor"))
+
+
+def test_stacking_layers_and_taking_them_apart_are_inverse():
+    params = params_of(TINY)
+    stacked = stack_layers(params)
+    assert jax.tree.map(lambda a: a.shape, stacked) == jax.tree.map(lambda a: a.shape, param_shapes(TINY, scan=True))
+    again = unstack_layers(stacked)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert isinstance(params["layers"], list)  # what was given is as it was
+
+
+def test_scanned_parameters_have_a_layers_axis_before_their_own():
+    scanned, axes = param_axes(TINY, scan=True)["layers"], param_axes(TINY)["layers"][0]
+    assert scanned == {name: ("layers", *names) for name, names in axes.items()}
+    shapes, layer = param_shapes(TINY, scan=True)["layers"], param_shapes(TINY)["layers"][0]
+    assert {k: v.shape for k, v in shapes.items()} == {k: (TINY.num_layers, *v.shape) for k, v in layer.items()}
+
+
+def test_neither_stacking_nor_a_padded_vocabulary_changes_an_initial_value():
+    key = jax.random.key(3)
+    alone, padded = initialised(ODD, key), initialised(ODD, key, scan=True, tensor=8)
+    assert jax.tree.map(lambda a: a.shape, padded) == jax.tree.map(lambda a: a.shape, param_shapes(ODD, scan=True, tensor=8))
+    for name in ("embedding", "lm_head"):
+        assert padded[name].shape == (328, ODD.embed_dim)
+        np.testing.assert_array_equal(padded[name][321:], 0)
+        np.testing.assert_array_equal(padded[name][:321], alone[name])
+    jax.tree.map(np.testing.assert_array_equal, padded["layers"], stack_layers(alone)["layers"])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", MESHES)
+def test_every_device_holds_an_equal_part_of_every_parameter(name, scan):
+    mesh = mesh_of(name)
+    shapes = param_shapes(ODD, scan=scan, tensor=mesh.shape["tensor"])
+    places = tree_shardings(mesh, param_axes(ODD, scan=scan), shapes)
+    for (path, shape), place in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(places), strict=True):
+        parts = shape.size // np.prod(place.shard_shape(shape.shape))
+        leaf = path[-1].key
+        tensor = 1 if leaf in ("k_proj", "v_proj") and 2 % mesh.shape["tensor"] else mesh.shape["tensor"]  # two heads
+        assert parts == (1 if leaf.endswith("norm") else mesh.shape["fsdp"] * tensor), path

@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.ops.attention import attend
+from llama_jax.ops.attention import attend, attend_causal
+from llama_jax.ops.kernels import splash
 from llama_jax.reference.llama import attention as reference
+from tests.make_mesh import mesh_of, without_rematerialisation
 
 compiled = jax.jit(attend)
+compiled_causal = jax.jit(attend_causal)
 HEADS = {"grouped": (6, 2), "one per head": (4, 4), "one for all": (4, 1)}  # N, K
 
 
@@ -113,3 +116,76 @@ def test_scores_of_bfloat16_are_float32():
     v = jnp.asarray([[[[0.0] * 4, [1.0] * 4]]], jnp.bfloat16)
     weight = 1 / (1 + np.exp(-0.25))
     np.testing.assert_allclose(compiled(q, k, v, jnp.ones((1, 1, 2), bool)).astype(jnp.float32), weight, rtol=0, atol=0.003)
+
+
+# attend_causal
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0], [5, 5, 4, 4, 4, 4, 4, 4, 4]], np.int32)  # numbers in any order; 0 is one, too
+
+
+@given(st.integers(0, 2**32), st.sampled_from(list(HEADS)))
+def test_attention_of_whole_sequences_is_the_reference(seed, heads):
+    q, k, v = draw(seed, 2, 9, *HEADS[heads])
+    np.testing.assert_allclose(compiled_causal(q, k, v), expected(q, k, v), rtol=0, atol=1e-5)
+
+
+@given(st.integers(0, 2**32), st.sampled_from(list(HEADS)))
+def test_a_segment_of_a_row_is_what_it_is_alone(seed, heads):
+    q, k, v = draw(seed, 2, 9, *HEADS[heads])
+    out = np.asarray(compiled_causal(q, k, v, SEGMENTS))
+    for b, row in enumerate(SEGMENTS):
+        for segment in set(row.tolist()):
+            own = np.flatnonzero(row == segment)
+            alone = expected(*(a[b : b + 1, own] for a in (q, k, v)))[0]
+            np.testing.assert_allclose(out[b, own], alone, rtol=0, atol=1e-5)
+
+
+def test_one_segment_is_a_whole_sequence():
+    q, k, v = draw(6, 2, 9, 6, 2)
+    one = np.full((2, 9), 3, np.int32)
+    np.testing.assert_allclose(compiled_causal(q, k, v, one), compiled_causal(q, k, v), rtol=0, atol=1e-6)
+
+
+def test_no_gradient_crosses_segments_or_comes_from_what_is_later():
+    """That of one query's output: 0 for every key and value but those of its segment up to it."""
+    q, k, v = draw(7, 2, 9, 6, 2)
+    grad = jax.jit(jax.grad(lambda *a: jnp.sum(attend_causal(*a, SEGMENTS)[0, 5] ** 2), argnums=(1, 2)))
+    for gradient in grad(q, k, v):
+        reached = np.any(np.asarray(gradient) != 0, axis=(2, 3))
+        assert np.flatnonzero(reached[0]).tolist() == [3, 4, 5]
+        assert not reached[1].any()
+
+
+@pytest.mark.parametrize("T, H", [(9, 10), (128, 64)], ids=["of any shape", "that TPUs have a kernel for"])
+@pytest.mark.parametrize("name", ["8x1x1", "1x1x8", "2x2x2"])
+def test_attention_of_whole_sequences_is_the_same_on_every_mesh(name, T, H):
+    """Its gradients, too; a kernel for TPUs is not run here, but it is in the program that is partitioned."""
+    q, k, v = draw(8, 8, T, 16, 8, H)
+    segments = np.sort(np.random.default_rng(9).integers(0, 3, (8, T))).astype(np.int32)
+
+    def both(q, k, v):
+        out, pull = jax.vjp(lambda *a: attend_causal(*a, segments), q, k, v)
+        return out, *pull(out)
+
+    alone = jax.jit(both)(q, k, v)
+    with jax.set_mesh(mesh_of(name)), without_rematerialisation():
+        spread = jax.jit(both)(q, k, v)
+    for ours, wanted in zip(spread, alone, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_kernel_for_another_platform_costs_no_memory_here(monkeypatch):
+    """What it keeps for the backward pass would be zeros on a CPU, in every layer of a scan."""
+    x = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.float32)
+
+    def layers(q, k, v):
+        return jnp.sum(jax.lax.scan(lambda q, _: (attend_causal(q, k, v), None), q, None, length=4)[0])
+
+    def temporary_bytes() -> int:
+        program = jax.jit(lambda *a: jax.grad(layers, argnums=(0, 1, 2))(*a))
+        return program.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert splash.supports(*x.shape[1::2])
+    chosen = temporary_bytes()
+    monkeypatch.setattr(splash, "supports", lambda *_: False)
+    assert chosen <= temporary_bytes()

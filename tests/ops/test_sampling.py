@@ -1,4 +1,6 @@
-"""Sampling against NumPy: which tokens stay, how often each is drawn, what penalties do."""
+"""Sampling against NumPy: which tokens stay, how often each is drawn, what penalties do, which are the likeliest."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.ops.sampling import History, Sampling, keep, penalise, sample
+from llama_jax.ops.sampling import History, Sampling, keep, penalise, sample, top_k
+from tests.make_mesh import mesh_of, without_rematerialisation
 
 kept = jax.jit(keep)
 sampled = jax.jit(sample)
@@ -262,3 +265,49 @@ def test_a_bias_forbids_and_forces_a_token():
     history = History(np.zeros((1, V), bool), np.zeros((1, V), np.int32), bias)
     logits = penalised(np.full((1, V), 2.0, np.float32), history, settings(dict(repetition=1.3)))
     assert logits[0, 3] == -np.inf and sampled(logits, keys(9, 1), settings({}))[0] == 5
+
+
+# top_k
+
+largest = jax.jit(top_k, static_argnums=1)
+
+
+def rule_largest(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and ids, the first of equals first."""
+    ids = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
+    return np.take_along_axis(logits, ids, axis=-1), ids
+
+
+def integers(*shape: int, seed: int = 0) -> np.ndarray:
+    """Logits with many ties."""
+    return np.random.default_rng(seed).integers(-9, 0, size=shape).astype(np.float32)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0, 1, 7, V]))
+def test_the_largest_are_ranked_and_the_first_of_equals_is_first(seed, k):
+    logits = integers(2, V, seed=seed)
+    values, ids = largest(logits, k)
+    assert ids.dtype == jnp.int32
+    for ours, wanted in zip((values, ids), rule_largest(logits, k), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize("size, k", [(320, 20), (320, 0), (320, 41), (321, 20), (64, 8)])
+@pytest.mark.parametrize("name", ["1x1x8", "2x2x2"])
+def test_the_largest_are_the_same_on_every_mesh(name, size, k):
+    """Also where a device has fewer than k, and where the vocabulary is not divided evenly."""
+    for logits in (integers(8, size), integers(8, 3, size, seed=1)):
+        with jax.set_mesh(mesh_of(name)), without_rematerialisation():
+            found = jax.jit(top_k, static_argnums=1)(logits, k)
+        for ours, wanted in zip(found, rule_largest(logits, k), strict=True):
+            np.testing.assert_array_equal(ours, wanted)
+
+
+def test_a_divided_vocabulary_is_not_gathered_for_its_largest():
+    """What crosses devices is 20 of each, not 4,000: no all-gather of the compiled program is as large as a row."""
+    mesh, names = mesh_of("1x1x8"), jax.sharding.PartitionSpec(None, "tensor")
+    logits = jax.ShapeDtypeStruct((8, 32_000), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, names))
+    with jax.set_mesh(mesh):
+        program = largest.lower(logits, 20).compile().as_text()
+    gathered = [int(size) for size in re.findall(r"= f32\[8,(\d+)(?:,\d+)*\]\S* all-gather\(", program)]
+    assert gathered and max(gathered) <= 8 * 20

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 
+from llama_jax import sharding
 from llama_jax.config import PRESETS
 from llama_jax.mesh import MeshShape, legal_meshes
 from llama_jax.model.params import param_axes, param_shapes
@@ -162,12 +163,14 @@ def test_a_loop_holds_gradients_and_activations_of_all_layers_and_unrolled_layer
     assert gpu.temporary == max(gpu.activations, gpu.gradients) + gpu.head + gpu.layer
 
 
-def test_gradients_of_the_mlp_fill_a_tpus_lanes():
+def test_gradients_of_the_mlp_fill_a_tpus_lanes_where_fsdp_is_the_whole_mesh():
     """70B on 256: 32 of embed on a device, of 128 lanes."""
     request = make_request("llama2_70b", "v6e-256", "train")
     attention, mlp, norms = 2 * 8192 * 8192 + 2 * 8192 * 1024, 3 * 8192 * 28672, 2 * 8192
     assert gradient_bytes(request, MeshShape(fsdp=256)) == 80 * 4 * (attention / 256 + 4 * mlp / 256 + norms)
-    assert gradient_bytes(request, MeshShape(fsdp=64, tensor=4)) == 80 * 4 * ((attention + mlp) / 256 + norms)
+    for mesh in (MeshShape(fsdp=64, tensor=4), MeshShape(fsdp=128, tensor=2)):
+        assert gradient_bytes(request, mesh) == 80 * 4 * ((attention + mlp) / 256 + norms)
+    assert memory.WIDE_FSDP == sharding.WIDE_FSDP
 
 
 def test_tpus_keep_o_proj_in_another_layout():

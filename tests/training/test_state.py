@@ -1,0 +1,72 @@
+"""The training state: where every array lies, and that its values depend on the key alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from llama_jax.model import init_params, param_axes, param_shapes
+from llama_jax.training.optimizer import OptimizerConfig, make_optimizer
+from llama_jax.training.state import init_state, state_shapes, state_shardings
+from tests.make_mesh import MESHES, without_rematerialisation
+from tests.training.make import CFG, TIED, assert_trees_close, on_host, training_mesh
+
+
+def moments(state) -> list:
+    """Every tree of the optimizer's state that is like the parameters."""
+    parts = jax.tree.leaves(state.opt_state, is_leaf=lambda part: hasattr(part, "mu"))
+    return [tree for part in parts if hasattr(part, "mu") for tree in (part.mu, getattr(part, "nu", None)) if tree is not None]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+@pytest.mark.parametrize("name", MESHES)
+def test_moments_lie_where_their_parameters_do_and_counts_everywhere(name, optimizer, scan):
+    mesh = training_mesh(name)
+    optimizer_ = make_optimizer(OptimizerConfig(optimizer), param_axes(CFG, scan=scan))
+    places = state_shardings(CFG, optimizer_, mesh=mesh, scan=scan)
+    shapes = state_shapes(CFG, optimizer_, tensor=mesh.shape["tensor"], scan=scan)
+    assert jax.tree.structure(places) == jax.tree.structure(shapes)
+    found = moments(places)
+    assert len(found) == {"adamw": 2, "lion": 1, "sgd": 0}[optimizer]
+    assert all(tree == places.params for tree in found)
+    for shape, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True):
+        assert shape.ndim > 0 or place.spec == PartitionSpec()
+    assert places.step.spec == PartitionSpec()
+
+
+def test_the_shapes_of_a_state_are_those_of_its_parameters_and_moments():
+    optimizer = make_optimizer(OptimizerConfig(moment_dtype="bfloat16"), param_axes(CFG, scan=True))
+    shapes = state_shapes(CFG, optimizer, tensor=8, scan=True)
+    assert shapes.params == param_shapes(CFG, scan=True, tensor=8)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes.params)} == {jnp.dtype("float32")}
+    mu, nu = moments(shapes)
+    like = [jax.tree.map(lambda leaf, d=d: jax.ShapeDtypeStruct(leaf.shape, d), shapes.params) for d in ("bfloat16", "float32")]
+    assert [mu, nu] == like
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The parameters on one device, layers scanned."""
+    params = jax.jit(init_params, static_argnums=0, static_argnames="scan")(CFG, jax.random.key(7), scan=True)
+    return on_host(CFG, params)
+
+
+@pytest.mark.parametrize("name, scan", [("1x1x8", True), ("2x2x2", False)])
+def test_a_state_starts_from_the_same_values_on_every_mesh(expected, name, scan):
+    mesh = training_mesh(name)
+    optimizer = make_optimizer(OptimizerConfig(), param_axes(CFG, scan=scan))
+    with without_rematerialisation():
+        state = init_state(CFG, optimizer, jax.random.key(7), mesh=mesh, scan=scan)
+    assert_trees_close(on_host(CFG, state.params), expected, atol=1e-8)  # the same bits, but for the last of a square root
+    assert int(state.step) == 0
+    for tree in moments(state):
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == state_shardings(CFG, optimizer, mesh=mesh, scan=scan)
+
+
+def test_a_tied_head_has_no_parameter_and_no_moment_of_its_own():
+    optimizer = make_optimizer(OptimizerConfig(), param_axes(TIED, scan=True))
+    shapes = state_shapes(TIED, optimizer, tensor=1, scan=True)
+    assert all("lm_head" not in tree for tree in (shapes.params, *moments(shapes)))

@@ -163,7 +163,7 @@ def accuracy() -> str:
     ]
     for row in rows():
         point, found, predicted = row.point, row.found, row.predicted
-        settings = "".join(f", {value}" for value in point.settings.values())
+        settings = "".join(f", {name} {value}" for name, value in point.settings.items())
         program = f"{point.model} {point.topology} {point.task} {point.batch} x {point.length:,}{settings}"
         mesh = ", ".join(f"{axis} {size}" for axis, size in point.mesh.items())
         counts = ", ".join(f"{count} {SHORT[name]}" for name, count in found["collectives"].items()) or "none"

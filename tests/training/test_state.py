@@ -53,17 +53,17 @@ def expected():
     return on_host(CFG, params)
 
 
-@pytest.mark.parametrize("name, scan", [("1x1x8", True), ("2x2x2", False)])
-def test_a_state_starts_from_the_same_values_on_every_mesh(expected, name, scan):
+@pytest.mark.parametrize("name", ["1x1x8", "2x2x2"])
+def test_a_state_starts_from_the_same_values_on_every_mesh(expected, name):
     mesh = training_mesh(name)
-    optimizer = make_optimizer(OptimizerConfig(), param_axes(CFG, scan=scan))
+    optimizer = make_optimizer(OptimizerConfig(), param_axes(CFG, scan=True))
     with without_rematerialisation():
-        state = init_state(CFG, optimizer, jax.random.key(7), mesh=mesh, scan=scan)
+        state = init_state(CFG, optimizer, jax.random.key(7), mesh=mesh, scan=True)
     assert_trees_close(on_host(CFG, state.params), expected, atol=1e-8)  # the same bits, but for the last of a square root
     assert int(state.step) == 0
     for tree in moments(state):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == state_shardings(CFG, optimizer, mesh=mesh, scan=scan)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == state_shardings(CFG, optimizer, mesh=mesh, scan=True)
 
 
 def test_a_tied_head_has_no_parameter_and_no_moment_of_its_own():

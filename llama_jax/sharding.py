@@ -127,7 +127,8 @@ def sum_and_scatter(gradient: Array, axis: int) -> Array:
     """
 
     scatter = functools.partial(jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=axis, tiled=True)
-    if fsdp_is_wide():
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape["fsdp"] == mesh.size:  # XLA:TPU would make this a sum of whole gradients; see fsdp_is_wide
         twice = functools.partial(scatter_twice, axis=axis)
         gradient = jax.lax.platform_dependent(gradient, tpu=twice, default=scatter)
     else:

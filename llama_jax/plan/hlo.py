@@ -24,6 +24,7 @@ class Instruction:
     Attributes:
         opcode: "dot", "all-reduce", ...; the start of an asynchronous pair has the plain name, its end is left out.
         arrays: dtype and shape of each result.
+        results: the text before its opcode: types with layouts; S(1) is memory on the chip.
         operands: the text between its parentheses, and after.
         op_name: where in the traced program it comes from.
         computation: the function it stands in.
@@ -32,6 +33,7 @@ class Instruction:
     name: str
     opcode: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    results: str
     operands: str
     op_name: str
     computation: str
@@ -62,6 +64,7 @@ def instructions(text: str) -> Iterator[Instruction]:
             name=found[1],
             opcode=found[3].removesuffix("-start"),
             arrays=arrays,
+            results=found[2],
             operands=found[4],
             op_name=op_name[1] if op_name else "",
             computation=computation,

@@ -26,9 +26,6 @@ def compiled(
 
 
 def copies(program: list[Instruction], shape: tuple[int, ...]) -> list[str]:
-    """The instructions that copy or transpose an array of this shape."""
-    return [
-        str(i)
-        for i in program
-        if i.opcode in ("copy", "transpose") and any(math.prod(s) == math.prod(shape) for _, s in i.arrays)
-    ]
+    """The instructions that copy or transpose an array of this shape in memory; fetching it onto the chip (S(1)) is reading."""
+    moves = [i for i in program if i.opcode in ("copy", "transpose") and "S(1)" not in i.results]
+    return [str(i) for i in moves if any(math.prod(s) == math.prod(shape) for _, s in i.arrays)]

@@ -1,5 +1,7 @@
 """Real programs, compiled for TPU slices that are not here: they fit, and contain what they should."""
 
+import math
+
 import pytest
 
 from llama_jax.config import PRESETS
@@ -36,7 +38,7 @@ def test_decode(model, topology, mesh, batch, length, quantize):
 def test_prefill_of_70b_uses_splash_attention_and_gathers_no_weight():
     cfg = PRESETS["llama2_70b"]
     _, report, program = compiled("llama2_70b", "v5p-16", "prefill", MeshShape(tensor=8), batch=1, length=2048)
-    kernels = [i for i in program if i.opcode == "custom-call" and "splash" in i.op_name]
+    kernels = [i for i in program if i.opcode == "custom-call" and "splash" in i.name]
     assert len(kernels) == cfg.num_layers
     activations = 2048 * cfg.embed_dim * 2
     assert max(i.nbytes for i in program if i.opcode == "all-gather") <= activations
@@ -63,8 +65,10 @@ def test_training(model, topology, mesh, batch):
     weights = {size * 2 for size in sizes} - {tokens * D * 2}
     gathered = [i.nbytes // 2 for i in program if i.opcode == "all-gather" and i.nbytes in weights]
     assert sorted(gathered) == [size for size in sizes if size * 2 in weights]  # bfloat16; forward, and backward
-    whole_sums = [str(i) for i in program if i.opcode == "all-reduce" and i.nbytes in {4 * s for s in sizes} | weights]
-    assert not [i for i in whole_sums if "all-reduce-scatter" not in i]
-    assert not [i for i in program if i.nbytes >= tokens * V * 4]  # logits of all tokens
-    assert any(i.opcode == "custom-call" and "splash" in i.op_name for i in program)
+    # A reduce-scatter that XLA:TPU runs itself stands as an all-reduce in a function of that name.
+    summed = [i for i in program if i.opcode == "all-reduce" and "all-reduce-scatter" not in i.computation]
+    assert not [str(i) for i in summed for dtype, shape in i.arrays if dtype == "f32" and math.prod(shape) in sizes]
+    held = [str(i) for i in program for dtype, shape in i.arrays if dtype == "f32" and math.prod(shape) == tokens * V]
+    assert not held  # logits of all tokens
+    assert any(i.opcode == "custom-call" and "splash" in i.name for i in program)
     assert report.alias_bytes > 0.99 * report.argument_bytes  # the old state's memory is the new one's

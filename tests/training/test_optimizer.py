@@ -122,6 +122,13 @@ def test_the_first_moment_is_kept_in_the_dtype_asked_for_and_updates_are_float32
         assert {leaf.dtype for leaf in jax.tree.leaves(moments.nu)} == {jnp.dtype("float32")}
 
 
+def test_an_infinite_norm_clips_nothing():
+    params = params_of(CFG)
+    gradient = drawn(params, scale=1e3)
+    (updates,) = updates_of(dataclasses.replace(PLAIN, clip_norm=math.inf), params, [gradient])
+    jax.tree.map(lambda update, g: np.testing.assert_array_equal(update, -g), updates, gradient)
+
+
 def test_plain_descent_keeps_no_moments():
     state = jax.eval_shape(make_optimizer(PLAIN, param_axes(CFG)).init, params_of(CFG))
     assert all(leaf.shape == () for leaf in jax.tree.leaves(state))
@@ -132,9 +139,14 @@ def test_plain_descent_keeps_no_moments():
     [
         (dict(name="adam"), "optimizer 'adam' is unknown; known: adamw, lion, sgd"),
         (dict(moment_dtype="float16"), "moment_dtype is 'float16', expected one of float32, bfloat16"),
+        (dict(peak_lr=0.0), "peak_lr is 0.0, expected a positive number"),
+        (dict(clip_norm=float("nan")), "clip_norm is nan, expected a positive number"),
+        (dict(weight_decay=-0.1), "weight_decay is -0.1, expected 0 or more"),
+        (dict(warmup_steps=-1), "warmup_steps is -1, expected 0 or more"),
+        (dict(b2=1.0), "b2 is 1.0, expected 0 or more, below 1"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_known_ones(wrong, message):
+def test_a_setting_that_cannot_be_is_refused(wrong, message):
     with pytest.raises(LlamaError, match=message) as caught:
         OptimizerConfig(**wrong)
     assert caught.value.code == ExitCode.BAD_CONFIG

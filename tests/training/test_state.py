@@ -1,11 +1,14 @@
 """The training state: where every array lies, and that its values depend on the key alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model import init_params, param_axes, param_shapes
 from llama_jax.training.optimizer import OptimizerConfig, make_optimizer
 from llama_jax.training.state import init_state, state_shapes, state_shardings
@@ -64,6 +67,14 @@ def test_a_state_starts_from_the_same_values_on_every_mesh(expected, name):
     for tree in moments(state):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == state_shardings(CFG, optimizer, mesh=mesh, scan=True)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused():
+    cfg = dataclasses.replace(CFG, num_heads=6)
+    optimizer = make_optimizer(OptimizerConfig(), param_axes(cfg, scan=True))
+    with pytest.raises(LlamaError, match=r"6 heads are not divisible by tensor=8; .*data=8 fsdp=1 tensor=1") as caught:
+        init_state(cfg, optimizer, jax.random.key(0), mesh=training_mesh("1x1x8"), scan=True)
+    assert caught.value.code == ExitCode.BAD_MESH
 
 
 def test_a_tied_head_has_no_parameter_and_no_moment_of_its_own():

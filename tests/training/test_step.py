@@ -1,5 +1,6 @@
 """A training step: its gradients against float64, and what must change nothing: mesh, scan, rematerialisation, packing."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 
 from llama_jax.config import ModelConfig
+from llama_jax.data.batch import batch_shapes
 from llama_jax.errors import ExitCode, LlamaError
-from llama_jax.model import Params, param_shapes, unstack_layers
-from llama_jax.training.state import TrainState
+from llama_jax.model import Params, param_axes, param_shapes, unstack_layers
+from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.state import TrainState, state_shapes
 from llama_jax.training.step import StepConfig, batch_loss, make_train_step
 from tests.generation.make import counting_compilations, log_softmax
 from tests.make_mesh import MESHES, products, without_rematerialisation
@@ -250,3 +253,27 @@ def test_a_setting_that_is_unknown_is_refused_with_the_known_ones(wrong, message
     with pytest.raises(LlamaError, match=message) as caught:
         StepConfig(**wrong)
     assert caught.value.code == ExitCode.BAD_CONFIG
+
+
+def traced(mesh_name: str, rows: int) -> None:
+    """Traces a step for a batch of so many rows, and compiles nothing."""
+    mesh = training_mesh(mesh_name)
+    optimizer = make_optimizer(OPTIMIZER, param_axes(CFG, scan=True))
+    shapes = state_shapes(CFG, optimizer, tensor=mesh.shape["tensor"], scan=True)
+    jax.eval_shape(make_train_step(CFG, FLOAT32, optimizer, mesh), shapes, batch_shapes(rows, T))
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+    with jax.set_mesh(training_mesh("8x1x1")):
+        with pytest.raises(LlamaError, match="a batch of 12 is not divisible by data \\* fsdp = 8") as caught:
+            traced("8x1x1", 12)
+        traced("8x1x1", 16)
+    assert caught.value.code == ExitCode.BAD_MESH
+
+
+@pytest.mark.parametrize("around", [None, "8x1x1"])
+def test_a_step_outside_its_mesh_is_refused(around):
+    """It would run, on one device or divided otherwise."""
+    with contextlib.nullcontext() if around is None else jax.set_mesh(training_mesh(around)):
+        with pytest.raises(ValueError, match=r"outside jax.set_mesh\(mesh\)"):
+            traced("2x2x2", 8)

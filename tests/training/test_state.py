@@ -72,7 +72,7 @@ def test_a_state_starts_from_the_same_values_on_every_mesh(expected, name):
 def test_a_mesh_that_does_not_divide_the_model_is_refused():
     cfg = dataclasses.replace(CFG, num_heads=6)
     optimizer = make_optimizer(OptimizerConfig(), param_axes(cfg, scan=True))
-    with pytest.raises(LlamaError, match=r"6 heads are not divisible by tensor=8; .*data=8 fsdp=1 tensor=1") as caught:
+    with pytest.raises(LlamaError, match=r"6 heads are not divisible by tensor=8; .*data=2 fsdp=2 tensor=2") as caught:
         init_state(cfg, optimizer, jax.random.key(0), mesh=training_mesh("1x1x8"), scan=True)
     assert caught.value.code == ExitCode.BAD_MESH
 

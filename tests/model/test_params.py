@@ -83,14 +83,19 @@ def test_scanned_parameters_have_a_layers_axis_before_their_own():
 
 
 def test_neither_stacking_nor_a_padded_vocabulary_changes_an_initial_value():
+    """Up to the last bits: the inverse error function is part of two programs, and a compiler may round it in either way."""
+
+    def assert_same(ours, wanted):
+        np.testing.assert_allclose(ours, wanted, rtol=5e-7, atol=0)
+
     key = jax.random.key(0)
     alone, padded = initialised(TINY, key), initialised(TINY, key, scan=True, tensor=7)
     assert jax.tree.map(lambda a: a.shape, padded) == jax.tree.map(lambda a: a.shape, param_shapes(TINY, scan=True, tensor=7))
     for name in ("embedding", "lm_head"):
         assert padded[name].shape == (322, TINY.embed_dim)
         np.testing.assert_array_equal(padded[name][320:], 0)
-        np.testing.assert_array_equal(padded[name][:320], alone[name])
-    jax.tree.map(np.testing.assert_array_equal, padded["layers"], stack_layers(alone)["layers"])
+        assert_same(padded[name][:320], alone[name])
+    jax.tree.map(assert_same, padded["layers"], stack_layers(alone)["layers"])
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -141,6 +141,9 @@ PRESETS: dict[str, ModelConfig] = {
     "llama3_2_1b": _llama(128256, 2048, 16, 32, 8, 8192, 131072, head_dim=64, tied_head=True, **_llama3(32.0)),
     "llama3_2_3b": _llama(128256, 3072, 28, 24, 8, 8192, 131072, tied_head=True, **_llama3(32.0)),
     "llama3_3_70b": _llama(128256, 8192, 80, 64, 8, 28672, 131072, **_llama3(8.0)),
+    "tinyllama_1b": _llama(32000, 2048, 22, 32, 4, 5632, 2048, head_dim=64),  # arXiv:2401.02385, table 1
+    "stories15m": _llama(32000, 288, 6, 6, 6, 768, 256, head_dim=48, tied_head=True),  # karpathy/llama2.c, README
+    "stories110m": _llama(32000, 768, 12, 12, 12, 2048, 1024, head_dim=64, tied_head=True),
     # N, K, H, D and F all differ, so that no swap of axes passes a test.
     "tiny": _llama(320, 48, 3, 6, 2, 80, 256, head_dim=10),
 }

@@ -152,7 +152,7 @@ def test_values_too_large_for_the_dtype_are_refused(tmp_path, run):
 
 
 def test_llama_jax_and_stock_orbax_load_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_jax.generation.load._keep_compiled_programs", lambda: None)  # no writing to the user's cache
+    monkeypatch.setattr("llama_jax.generation.load.keep_compiled_programs", lambda: None)  # no writing to the user's cache
     params = write_source("meta-2-1", tmp_path / "source", CFG, ml_dtypes.bfloat16)
     convert(tmp_path / "source", tmp_path / "c", max_length=64)
     expected = to_tree(params)

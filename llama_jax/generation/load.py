@@ -70,15 +70,15 @@ def load(
         raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
     if max_length > opened.config.max_length:
         note(f"warning: max_length {max_length:,} is beyond the {opened.config.max_length:,} tokens this model was made for")
-    _keep_compiled_programs()
+    keep_compiled_programs()
     devices = _mesh(opened.config, mesh)
-    text = _load_tokenizer(opened, tokenizer)
+    text = tokenizer_of(opened, tokenizer)
     return Llama(
         config=opened.config,
         params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize or ""),
         mesh=devices,
         tokenizer=text,
-        chat_format=_chat_format(opened, text),
+        chat_format=chat_format_of_weights(opened, text),
         max_length=max_length or opened.config.max_length,
         batch_size=batch_size,
     )
@@ -100,6 +100,34 @@ def open_weights(path: epath.PathLike) -> Checkpoint | Source:
     return source
 
 
+def tokenizer_of(opened: Checkpoint | Source, given: str | Path | None = None) -> Tokenizer | None:
+    """The tokenizer of a file or folder, or the weights' own; None where they have none.
+
+    Raises:
+        LlamaError: it has more tokens than the model.
+    """
+    if given:
+        tokenizer = load_tokenizer(given)
+    elif isinstance(opened, Source):
+        beside = [file for file in opened.tokenizer if file.name in FILE_NAMES]
+        tokenizer = load_tokenizer(beside[0].parent) if beside else None
+    else:
+        tokenizer = _stored_tokenizer(opened) if opened.tokenizer else None
+    if tokenizer is not None and tokenizer.vocab_size > opened.config.vocab_size:
+        raise LlamaError(
+            ExitCode.VOCAB_MISMATCH,
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {opened.config.vocab_size:,}: give its own",
+        )
+    return tokenizer
+
+
+def chat_format_of_weights(opened: Checkpoint | Source, tokenizer: Tokenizer | None) -> str:
+    """What the checkpoint says, or what the name of the weights and the tokenizer's template tell; "" for a base model."""
+    if isinstance(opened, Checkpoint):
+        return opened.chat_format
+    return chat_format_of(opened.name, tokenizer.chat_template if tokenizer else None, tokenizer)
+
+
 def _mesh(cfg: ModelConfig, wanted: MeshShape | Mapping[str, int] | None) -> Mesh | None:
     if wanted is None:
         return None
@@ -119,28 +147,6 @@ def _mesh(cfg: ModelConfig, wanted: MeshShape | Mapping[str, int] | None) -> Mes
     return None if shape.num_devices == 1 else make_mesh(shape)
 
 
-def _load_tokenizer(opened: Checkpoint | Source, given: str | Path | None) -> Tokenizer | None:
-    if given:
-        tokenizer = load_tokenizer(given)
-    elif isinstance(opened, Source):
-        beside = [file for file in opened.tokenizer if file.name in FILE_NAMES]
-        tokenizer = load_tokenizer(beside[0].parent) if beside else None
-    else:
-        tokenizer = _stored_tokenizer(opened) if opened.tokenizer else None
-    if tokenizer is not None and tokenizer.vocab_size > opened.config.vocab_size:
-        raise LlamaError(
-            ExitCode.VOCAB_MISMATCH,
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {opened.config.vocab_size:,}: give its own",
-        )
-    return tokenizer
-
-
-def _chat_format(opened: Checkpoint | Source, tokenizer: Tokenizer | None) -> str:
-    if isinstance(opened, Checkpoint):
-        return opened.chat_format
-    return chat_format_of(opened.name, tokenizer.chat_template if tokenizer else None, tokenizer)
-
-
 def _stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's own, whose files may lie in a bucket."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -149,7 +155,7 @@ def _stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         return load_tokenizer(Path(scratch))
 
 
-def _keep_compiled_programs() -> None:
+def keep_compiled_programs() -> None:
     """Turns on JAX's persistent compilation cache, unless the user has chosen a place or turned it off."""
     if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE_DIR))

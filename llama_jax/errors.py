@@ -41,6 +41,10 @@ class ExitCode(enum.IntEnum):
     DOES_NOT_FIT = 33  # plan: no mesh of the slice has the memory
     NO_COORDINATOR = 34  # several processes: not all of them came
     PEER_DIED = 35  # several processes: another one ended
+    NO_DATA = 36  # training data that is not there, or is empty
+    BAD_RECORD = 37  # a record of the training data that cannot be used
+    STOPPED = 38  # training: SIGTERM came, all is saved
+    NOT_FINITE_STEP = 39  # training: a loss or gradient that is no number
     INTERRUPTED = 130
 
 
@@ -50,6 +54,9 @@ class LlamaError(Exception):
     def __init__(self, code: ExitCode, message: str):
         super().__init__(message)
         self.code = code
+
+    def __reduce__(self):  # to be raised in a worker process and arrive whole
+        return LlamaError, (self.code, str(self))
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -29,6 +29,7 @@ class Tokenizer(abc.ABC):
         special_ids: all control tokens; `encode` never returns one.
         adds_bos: whether plain text is continued from a BOS (true of every released Llama; some fine-tunes have no BOS).
         chat_template: the Jinja template that came with the tokenizer, if one did.
+        fingerprint: hash of its files' contents, "" for one that did not come from files.
     """
 
     vocab_size: int
@@ -39,6 +40,7 @@ class Tokenizer(abc.ABC):
     special_ids: frozenset[int]
     adds_bos: bool = True
     chat_template: str | None = None
+    fingerprint: str = ""
     _files: tuple[Path, ...] = ()
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:

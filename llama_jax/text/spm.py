@@ -8,6 +8,7 @@ no user text can produce them. Code Llama's infilling pieces are the important c
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.text.base import MARKER, ByteStream, Tokenizer
@@ -65,6 +66,12 @@ class SentencePieceTokenizer(Tokenizer):
         self._files = tuple(files)
         self._table = [_decoded(p, model.trainer_spec.unk_surface) for p in model.pieces]
         self._strips_space = model.normalizer_spec.add_dummy_prefix
+
+    def __getstate__(self) -> dict[str, Any]:  # the message's class, which sentencepiece makes, cannot be pickled
+        return self.__dict__ | {"proto": self.proto.SerializeToString()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"proto": read_proto(state["proto"])}
 
     def token_id(self, name: str) -> int | None:
         """As everywhere; Code Llama's pieces also go by the names without their leading space, `<PRE>`."""

@@ -72,7 +72,14 @@ class _StepLimitError(Exception):
     pass
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str], now: datetime.datetime) -> str:
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokens: Mapping[str, str],
+    now: datetime.datetime,
+    *,
+    opened: bool = True,
+) -> str:
     """The prompt, open for the assistant's answer.
 
     Args:
@@ -80,6 +87,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping
         messages: as the template sees them.
         tokens: bos_token and eos_token.
         now: what strftime_now formats.
+        opened: false for a conversation that ends here.
     """
     from jinja2 import TemplateError
 
@@ -93,7 +101,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping
     compiled = _compile(template)
     variables = {"tools": None, "documents": None, "strftime_now": now.strftime, "_step": step, **tokens}
     try:
-        return compiled.render(messages=messages, add_generation_prompt=True, **variables)
+        return compiled.render(messages=messages, add_generation_prompt=opened, **variables)
     except _RefusedError as e:
         raise LlamaError(ExitCode.BAD_REQUEST, f"the chat template refuses these messages: {e}") from e
     except _StepLimitError as e:

@@ -1,5 +1,6 @@
 """Finds a tokenizer and tells by its content which kind it is."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -66,9 +67,12 @@ def _load_file(path: Path, alone: bool = False) -> Tokenizer:
         )
     settings = Settings(files=(path,)) if alone else read_settings(path)
     try:
-        return _from_bytes(data, settings, alone)
+        tokenizer = _from_bytes(data, settings, alone)
     except LlamaError as e:
         raise LlamaError(e.code, f"{path}: {e}") from e
+    contents = sorted(hashlib.sha256(file.read_bytes()).digest() for file in tokenizer.files())
+    tokenizer.fingerprint = hashlib.sha256(b"".join(contents)).hexdigest()
+    return tokenizer
 
 
 def _from_bytes(data: bytes, settings: Settings, alone: bool) -> Tokenizer:

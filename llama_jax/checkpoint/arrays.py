@@ -5,6 +5,7 @@ words of one of them (each writes files of its own, merged at the end by name), 
 the mesh cuts finer than the chunks: fsdp=64 has eight devices for each of the eight chunks along embed.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -17,10 +18,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from llama_jax.checkpoint.store import stored_names
+from llama_jax.checkpoint.store import chunk_shape, stored_names
 from llama_jax.errors import ExitCode, LlamaError
 
 Index = tuple[slice, ...] | EllipsisType
+COPIED_TOGETHER_BYTES = 256 * 2**20  # copies on the devices that are on their way to the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,10 @@ class MeshLeaf:
         return self.size * self.dtype.itemsize
 
     def parts(self, chunks: Sequence[int]) -> list[tuple[Index, Leaf]]:
+        """What this process writes, and where."""
+        return [(index, _leaf(data)) for index, data in self.cut(chunks)]
+
+    def cut(self, chunks: Sequence[int]) -> list[tuple[Index, jax.Array]]:
         """What this process writes, and where: whole chunks, of each the first copy.
 
         Runs a program on the mesh: all processes come here for the same arrays in the same order. Its result, a copy, goes
@@ -86,7 +92,57 @@ class MeshLeaf:
         if self.array.is_fully_addressable and jax.process_index() > 0:  # every process has one
             return []
         shards = _cut(self.array, max(self.layer, 0), self.layer >= 0, self.shape, sharding).addressable_shards
-        return [(shard.index, _leaf(shard.data)) for shard in shards if shard.replica_id == 0]
+        return [(shard.index, shard.data) for shard in shards if shard.replica_id == 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostLeaf:
+    """What this process writes of an array, in its own memory: the devices may go on."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: tuple[tuple[Index, Leaf], ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def parts(self, chunks: Sequence[int]) -> list[tuple[Index, Leaf]]:
+        return list(self.pieces)
+
+
+def on_host(leaves: Mapping[str, MeshLeaf], axes: Mapping[str, Sequence[str]]) -> dict[str, HostLeaf]:
+    """Copies what this process writes into its memory; what the arrays hold afterwards, or whether they live, is no matter.
+
+    Args:
+        leaves: by names of the disk, the same in all processes.
+        axes: logical axes of each array, by the same names.
+    """
+    cut: collections.deque[tuple[str, list[tuple[Index, jax.Array]]]] = collections.deque()
+    copied, on_the_way = {}, 0
+
+    def take() -> None:
+        nonlocal on_the_way
+        name, parts = cut.popleft()
+        on_the_way -= sum(data.nbytes for _, data in parts)
+        pieces = tuple((index, _leaf(np.asarray(data))) for index, data in parts)  # of a CPU device: the cut's own memory
+        copied[name] = HostLeaf(leaves[name].shape, leaves[name].dtype, pieces)
+
+    for name, leaf in leaves.items():
+        parts = leaf.cut(chunk_shape(leaf.shape, axes[name], leaf.dtype.itemsize))
+        for _, data in parts:
+            data.copy_to_host_async()
+        cut.append((name, parts))
+        on_the_way += sum(data.nbytes for _, data in parts)
+        while on_the_way > COPIED_TOGETHER_BYTES:
+            take()
+    while cut:
+        take()
+    return copied
 
 
 def mesh_leaves(arrays: Mapping[str, jax.Array], shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, MeshLeaf]:
@@ -128,8 +184,12 @@ def aligned(sharding: NamedSharding, shape: Sequence[int], chunks: Sequence[int]
 
 
 @contextlib.contextmanager
-def everywhere() -> Iterator[None]:
-    """What one process fails in, all do, so that none waits for one that has given up. Also a barrier."""
+def everywhere(what: str = "the checkpoint was not written") -> Iterator[None]:
+    """What one process fails in, all do, so that none waits for one that has given up. Also a barrier.
+
+    Args:
+        what: has happened when another process fails.
+    """
     failure: BaseException | None = None
     try:
         yield
@@ -141,7 +201,7 @@ def everywhere() -> Iterator[None]:
         if failure is None and codes.any():
             process = int(np.flatnonzero(codes)[0])
             code = ExitCode(codes[process]) if codes[process] > 1 else ExitCode.PEER_DIED
-            raise LlamaError(code, f"the checkpoint was not written: process {process} failed and says why")
+            raise LlamaError(code, f"{what}: process {process} failed and says why")
     if failure is not None:
         raise failure
 
@@ -153,5 +213,5 @@ def _cut(array: jax.Array, layer: int, stacked: bool, shape: tuple[int, ...], sh
     return jax.lax.with_sharding_constraint(x[tuple(slice(size) for size in shape)], sharding)
 
 
-def _leaf(data: jax.Array) -> Leaf:
+def _leaf(data: jax.Array | np.ndarray) -> Leaf:
     return Leaf(data.shape, np.dtype(data.dtype), lambda: np.asarray(data))

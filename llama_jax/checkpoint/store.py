@@ -22,6 +22,7 @@ from llama_jax.sharding import RULES
 
 FORMAT, VERSION = "llama_jax checkpoint", 1
 MANIFEST = "checkpoint.json"
+STEPS = "checkpoints"
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, None) or name) for name in ("bfloat16", "float16", "float32", "float64")}
 MIN_CHUNK_BYTES = 256 * 2**10
 PIECES = 8
@@ -100,11 +101,13 @@ class Checkpoint:
 class ArrayReader:
     """The arrays of `params/`, read when asked for; safe to use from several threads."""
 
-    def __init__(self, folder: epath.Path):
+    def __init__(self, folder: epath.Path, remedy: str = "convert the source again"):
+        """remedy: what to do about an array that cannot be read."""
         import tensorstore as ts
 
         self._ts = ts
         self._folder = folder
+        self._remedy = remedy
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         base = str(folder) if "://" in str(folder) else f"file://{folder.absolute()}"
         self._kvstore = {"driver": "ocdbt", "base": f"{base}/"}
@@ -116,12 +119,12 @@ class ArrayReader:
             return self._ts.open(spec, open=True, read=True, context=self._context).result()
         except (ValueError, OSError) as error:
             raise LlamaError(
-                ExitCode.TRUNCATED, f"{self._folder} has no readable array {name!r} ({error}): convert the source again"
+                ExitCode.TRUNCATED, f"{self._folder} has no readable array {name!r} ({error}): {self._remedy}"
             ) from None
 
     def array(self, name: str) -> "StoredArray":
         """An array by its name; nothing of it is read yet."""
-        return StoredArray(self.open(name), f"{self._folder}: array {name!r}")
+        return StoredArray(self.open(name), f"{self._folder}: array {name!r}", self._remedy)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """An array, or a part of it, in memory."""
@@ -135,24 +138,25 @@ class StoredArray:
         shape: on disk.
     """
 
-    def __init__(self, store: Any, where: str):
+    def __init__(self, store: Any, where: str, remedy: str):
         self.shape = tuple(store.shape)
         self._store = store
         self._where = where
+        self._remedy = remedy
 
     def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """All of it, or the part at `index`; chunks that the part touches are read whole."""
         try:
             return (self._store if index is None else self._store[index]).read().result()
         except (ValueError, OSError) as error:
-            raise LlamaError(ExitCode.TRUNCATED, f"{self._where} cannot be read ({error}): convert the source again") from None
+            raise LlamaError(ExitCode.TRUNCATED, f"{self._where} cannot be read ({error}): {self._remedy}") from None
 
     def release(self) -> None:
         """Nothing is kept."""
 
 
 def to_tree(flat: Mapping[str, Any]) -> Any:
-    """{"layers.0.q_proj": x} -> {"layers": [{"q_proj": x}]}; numbers are places in a list."""
+    """{"layers.0.q_proj": x} -> {"layers": [{"q_proj": x}]}; numbers from 0 without a gap are places in a list."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *path, leaf = name.split(".")
@@ -199,9 +203,16 @@ def chunk_shape(shape: Sequence[int], axes: Sequence[str], itemsize: int) -> tup
 def _with_lists(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
-    if node and all(key.isdigit() for key in node):
+    if node and node.keys() == set(map(str, range(len(node)))):
         return [_with_lists(node[key]) for key in sorted(node, key=int)]
     return {key: _with_lists(child) for key, child in node.items()}
+
+
+def complete_steps(workdir: epath.Path) -> list[int]:
+    """The steps of a training run that have a complete checkpoint, `WORKDIR/checkpoints/STEP`, in order."""
+    folder = workdir / STEPS
+    steps = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(step.name) for step in steps if step.name.isdecimal() and (step / MANIFEST).exists())
 
 
 def _complete(path: epath.Path) -> epath.Path:
@@ -210,11 +221,8 @@ def _complete(path: epath.Path) -> epath.Path:
         raise LlamaError(ExitCode.NOT_A_CHECKPOINT, f"{path} does not exist; python -m llama_jax.convert makes a checkpoint")
     if (path / MANIFEST).exists():
         return path
-    steps = path / "checkpoints"
-    if steps.is_dir():
-        done = [step for step in steps.iterdir() if step.name.isdigit() and (step / MANIFEST).exists()]
-        if done:
-            return max(done, key=lambda step: int(step.name))
+    if done := complete_steps(path):
+        return path / STEPS / str(done[-1])
     raise LlamaError(
         ExitCode.NOT_A_CHECKPOINT,
         f"{path} holds no complete llama_jax checkpoint ({MANIFEST} is missing: a conversion that was stopped, or weights that "

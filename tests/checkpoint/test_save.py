@@ -17,7 +17,7 @@ from etils import epath
 
 from llama_jax.checkpoint import save as saving
 from llama_jax.checkpoint.layout import META, names
-from llama_jax.checkpoint.save import REPLACED, UNFINISHED, Leaf, save_checkpoint
+from llama_jax.checkpoint.save import ARRAY_BYTES, REPLACED, ROOM_BYTES, UNFINISHED, Leaf, save_checkpoint
 from llama_jax.checkpoint.store import DTYPES, MANIFEST, Checkpoint, to_tree
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
@@ -276,7 +276,7 @@ def test_too_little_space_is_found_before_writing(tmp_path, monkeypatch, old):
     if old:
         save(tmp_path / "c", CFG, PARAMS)
     before = snapshot(tmp_path)
-    nbytes = sum(value.nbytes for value in PARAMS.values())
+    nbytes = sum(value.nbytes + ARRAY_BYTES for value in PARAMS.values()) + ROOM_BYTES
     usage = shutil.disk_usage(tmp_path)._replace(free=nbytes - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(LlamaError, match=f"needs {nbytes:,} bytes and its disk has {nbytes - 1:,} free: make room") as caught:

@@ -1,5 +1,7 @@
 """One decoder layer: Flax Linen lives here and nowhere else."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,15 @@ INIT_STDDEV = 0.02  # Meta published no initialisation; this is transformers' fo
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x + attention(norm(x)), then x + swiglu(norm(x)) (Touvron et al. 2023, arXiv:2302.13971, 2.2)."""
+    """One pre-norm layer: x + attention(norm(x)), then x + swiglu(norm(x)) (Touvron et al. 2023, arXiv:2302.13971, 2.2).
+
+    Attributes:
+        adapted: makes the products instead of `project_each`, from equations by name, x and weights (llama_jax.model.lora).
+    """
 
     cfg: ModelConfig
     param_dtype: jnp.dtype = jnp.float32
+    adapted: Callable[[dict[str, str], Array, list[Array]], tuple[Array, ...]] | None = None
 
     @nn.compact
     def __call__(
@@ -69,7 +76,10 @@ class Block(nn.Module):
             letters = equation.split("->")[0].split(",")[1]
             axes = tuple(WEIGHT_AXES[letter] for letter in letters)
             weights.append(self.weight(name, tuple(sizes[letter] for letter in letters), axes))
-        results = project_each(tuple(equations.values()), x, weights)
+        if self.adapted is None:
+            results = project_each(tuple(equations.values()), x, weights)
+        else:
+            results = self.adapted(equations, x, weights)
         return tuple(checkpoint_name(y, name) for name, y in zip(equations, results, strict=True))
 
     def sizes(self) -> tuple[int, ...]:

@@ -11,18 +11,21 @@ from jax.typing import DTypeLike
 from llama_jax.config import ModelConfig
 from llama_jax.model.block import Block
 from llama_jax.model.cache import KVCache
+from llama_jax.model.lora import LayerAdapter, LoraConfig, layer_keys
 from llama_jax.model.params import Params
 from llama_jax.ops.attention import MASKED
 from llama_jax.ops.linear import QArray, lookup, project
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.rope import rope_angles
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj")
 # What a backward pass finds in memory; the rest of a layer is computed again. The layers' inputs are always kept.
 REMAT_POLICIES = {
     "none": None,
     "full": checkpoint_policies.nothing_saveable,
-    "projections": checkpoint_policies.save_only_these_names(
-        "q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj"
+    "projections": checkpoint_policies.save_only_these_names(*PROJECTIONS),
+    "offload": checkpoint_policies.save_and_offload_only_these_names(  # the same, fetched from the host's memory
+        names_which_can_be_saved=[], names_which_can_be_offloaded=PROJECTIONS, offload_src="device", offload_dst="pinned_host"
     ),
 }
 
@@ -64,6 +67,9 @@ def train_states(
     *,
     dtype: DTypeLike,
     remat: str,
+    adapter: Params | None = None,
+    lora: LoraConfig | None = None,
+    dropout_key: Array | None = None,
 ) -> Array:
     """hidden_states for training: no cache, in a compute dtype, remembering for the backward pass what `remat` says.
 
@@ -73,22 +79,29 @@ def train_states(
         segment_ids: [B, T] where rows hold several sequences.
         dtype: of activations; parameters are cast where they are used, inside the layer.
         remat: a key of REMAT_POLICIES.
+        adapter: in the form of `params`, made for `lora`; the weights' int8 or bfloat16 is as good as float32 then, as they
+            are not trained.
+        dropout_key: of the adapter's dropout; None for none (evaluation).
 
     Returns:
         [B, T, D] before the final norm.
     """
     cos, sin = rope_angles(cfg, positions, tokens.shape[1])
 
-    def layer(x: Array, weights: Params) -> tuple[Array, None]:
-        return Block(cfg).apply({"params": weights}, x, positions, cos, sin, None, segment_ids)[0], None
+    def layer(x: Array, inputs: tuple[Params, Params | None, Array | None]) -> tuple[Array, None]:
+        weights, layer_adapter, key = inputs
+        block = Block(cfg, adapted=LayerAdapter(lora, layer_adapter, key) if layer_adapter else None)
+        return block.apply({"params": weights}, x, positions, cos, sin, None, segment_ids)[0], None
 
     scanned = not isinstance(params["layers"], list)
     layer = _rematerialised(layer, remat, prevent_cse=not scanned)  # a scan's body cannot be merged with another anyway
     x = embed(params, tokens, dtype)
+    adapters = adapter["layers"] if adapter else None
+    keys = layer_keys(lora, dropout_key, cfg.num_layers) if adapter else None
     if scanned:
-        return jax.lax.scan(layer, x, params["layers"])[0]
-    for weights in params["layers"]:
-        x, _ = layer(x, weights)
+        return jax.lax.scan(layer, x, (params["layers"], adapters, keys))[0]
+    for i, weights in enumerate(params["layers"]):
+        x, _ = layer(x, (weights, adapters and adapters[i], None if keys is None else keys[i]))
     return x
 
 

@@ -111,7 +111,7 @@ def _weight_gradient(equation: str, x: Array, cotangent: Array) -> Array:
         return _einsum(f"{letters_x},{letters_y}->{letters_w}", x, cotangent)
 
     names = _axes(WEIGHT_AXES, letters_w)
-    if not fsdp_is_wide():
+    if "D" not in letters_w or not fsdp_is_wide():
         return constrain(product(x, cotangent), *names)
 
     def local(x: Array, cotangent: Array) -> Array:

@@ -41,6 +41,7 @@ from llama_jax.data.sources import (
 from llama_jax.data.store import (
     FORMAT,
     MANIFEST,
+    REQUEST,
     VERSION,
     Documents,
     ShardInfo,
@@ -56,7 +57,6 @@ from llama_jax.text.chat import FORMATS
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 ON_BAD_RECORD = ("error", "skip")
-REQUEST = "request.json"
 PLACES = {LINES: "line", TEXT: "document", PARQUET: "row", HUB: "row"}
 
 
@@ -102,7 +102,7 @@ def prepare(
     _claim(folder, digest)
     job = Job(tokenizer, chat_format, on_bad_record, folder)
     todo = [i for i in range(len(units)) if _finished(folder, i) is None]
-    if todo or not (folder / MANIFEST).exists():
+    if todo or read_json(folder / MANIFEST) is None:
         _run(job, units, todo, workers or os.cpu_count() or 1)
         shards = _numbered(units, [_finished(folder, i) for i in range(len(units))])
         manifest = _manifest(shards, tokenizer, chat_format, digest, command)
@@ -183,14 +183,15 @@ def _readable(unit: Unit) -> Iterator[bytes | Mapping[str, Any]]:
 
 def _claim(folder: Path, digest: str) -> None:
     """The folder is new, or holds this same request's shards."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    request = {"format": FORMAT, "digest": digest}
+    if folder.exists() and (not folder.is_dir() or any(file.suffix != ".tmp" for file in folder.iterdir())):
         found = read_json(folder / REQUEST) if folder.is_dir() else None
-        if found is None or found.get("digest") != digest:
+        if found != request:
             why = "holds something else" if found is None else "was made from other files or with other settings"
             raise LlamaError(ExitCode.OUTPUT_EXISTS, f"{folder} {why}: give another --output, or delete it")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / REQUEST, {"digest": digest})
+    write_json(folder / REQUEST, request)
 
 
 def _finished(folder: Path, i: int) -> dict[str, Any] | None:

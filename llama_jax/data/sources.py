@@ -11,6 +11,7 @@
 Lines and texts may be compressed (`.gz`); paths may be patterns (`chat/*.jsonl`, `**`) and lie in a bucket (`gs://`).
 """
 
+import contextlib
 import dataclasses
 import glob
 import gzip
@@ -69,11 +70,12 @@ def parse_sources(text: str) -> list[Entry]:
     """
     entries = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        pattern, _, weight = part.rpartition("@")
+        found = re.fullmatch(r"(.+)@([^@/]*)", part)
+        pattern, weight = found.groups() if found else (part, None)
         try:
-            entry = Entry(pattern, float(weight)) if pattern else Entry(part)
+            entry = Entry(pattern, None if weight is None else float(weight))
         except ValueError:
-            raise _bad(f"source {part!r} ends in @{weight}, expected @ and a weight, e.g. {pattern}@0.5") from None
+            raise _bad(f"source {part!r} ends in @{weight}, expected a weight there, e.g. {pattern}@0.5") from None
         if entry.weight is not None and not 0 < entry.weight < math.inf:
             raise _bad(f"source {pattern} has weight {weight}, expected a positive number")
         entries.append(entry)
@@ -218,9 +220,10 @@ def bad_record(what: str) -> LlamaError:
     return LlamaError(ExitCode.BAD_RECORD, what)
 
 
-def _opened(unit: Unit) -> BinaryIO:
-    file = epath.Path(unit.path).open("rb")
-    return gzip.GzipFile(fileobj=file, mode="rb") if unit.path.endswith(".gz") else file
+@contextlib.contextmanager
+def _opened(unit: Unit) -> Iterator[BinaryIO]:
+    with epath.Path(unit.path).open("rb") as file:
+        yield gzip.GzipFile(fileobj=file, mode="rb") if unit.path.endswith(".gz") else file
 
 
 def _load_hub(pattern: str) -> Any:

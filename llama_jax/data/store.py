@@ -26,6 +26,7 @@ from llama_jax.errors import ExitCode, LlamaError
 
 FORMAT, VERSION = "llama_jax tokens", 1
 MANIFEST = "manifest.json"
+REQUEST = "request.json"  # written first: whose shards these are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +68,7 @@ class Shard:
     """
 
     def __init__(self, file: Path, info: ShardInfo):
-        size = file.stat().st_size if file.exists() else -1
-        if size != info.nbytes:
-            came = "is missing" if size < 0 else f"has {size:,} bytes, expected {info.nbytes:,}"
-            raise LlamaError(
-                ExitCode.TRUNCATED, f"{file} {came}: delete {file.parent}, or run prepare again, which makes it anew"
-            )
-        self._data = np.asarray(np.memmap(file, np.uint8, "r")) if size else np.empty(0, np.uint8)
+        self._data = np.asarray(np.memmap(file, np.uint8, "r")) if info.nbytes else np.empty(0, np.uint8)
         n = 8 * info.documents
         width = np.dtype(info.dtype).itemsize
         self.ends = self._data[:n].view("<i8")
@@ -143,7 +138,8 @@ def read_json(file: epath.Path) -> dict[str, Any] | None:
 
 
 def is_token_folder(path: epath.Path) -> bool:
-    return (read_json(path / MANIFEST) or {}).get("format") == FORMAT
+    """Whether a folder was begun by prepare; it may not be complete."""
+    return (read_json(path / REQUEST) or {}).get("format") == FORMAT
 
 
 class TokenStore:
@@ -164,7 +160,7 @@ class TokenStore:
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
         """Raises:
-        LlamaError: the folder is not complete, or of another version.
+        LlamaError: the folder is not complete, of another version, or damaged.
         """
         manifest = read_json(folder / MANIFEST)
         if manifest is None or manifest.get("format") != FORMAT:
@@ -177,7 +173,16 @@ class TokenStore:
                 ExitCode.NO_DATA,
                 f"{folder} has format version {manifest['version']}, this llama_jax reads version {VERSION}: prepare it again",
             )
-        return cls(folder, manifest)
+        store = cls(folder, manifest)
+        for i, info in enumerate(store.shards):
+            file = shard_file(folder, i)
+            size = file.stat().st_size if file.exists() else -1
+            if size != info.nbytes:
+                came = "is missing" if size < 0 else f"has {size:,} bytes, expected {info.nbytes:,}"
+                raise LlamaError(
+                    ExitCode.TRUNCATED, f"{file} {came}: run the command that made it again, it repairs the folder"
+                )
+        return store
 
     @property
     def fingerprint(self) -> str:

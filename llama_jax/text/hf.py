@@ -47,6 +47,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._byte_ids = frozenset(i for t, i in vocab.items() if "ByteFallback" in decoders and BYTE_TOKEN.fullmatch(t))
         self._prefix_every_part = not any(n["type"] == "Metaspace" for n in components(spec["pre_tokenizer"]))
 
+    def __getstate__(self) -> dict[str, Any]:  # a pickled `tokenizers.Tokenizer` forgets whether it parses control tokens
+        return {name: value for name, value in self.__dict__.items() if name not in ("_user", "_lazy")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_user": _build(state["_spec"], parse_special=False), "_lazy": {}}
+
     def stream(self, *, skip_special: bool = True, continued: bool = False) -> "ChunkStream":
         return ChunkStream(self, skip_special, continued)
 

@@ -1,6 +1,7 @@
 """Which file of a folder is the tokenizer, what it is by its content, and what is said about one that cannot be used."""
 
 import json
+import pickle
 
 import pytest
 
@@ -165,3 +166,16 @@ def test_chat_template_comes_from_the_jinja_file_or_the_configuration(folder, tm
     assert load_tokenizer(tmp_path).chat_template == "{{ messages }}"
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}")
     assert load_tokenizer(tmp_path).chat_template == "{{ bos_token }}"
+
+
+def test_a_tokenizer_can_be_sent_to_another_process(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    text = "the red house <|eot_id|> é"
+    assert copy.encode(text, bos=True, eos=True) == tokenizer.encode(text, bos=True, eos=True)
+    assert copy.decode(copy.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+    assert copy.special_tokens == tokenizer.special_tokens and copy.fingerprint == tokenizer.fingerprint
+
+
+def test_fingerprints_tell_tokenizers_apart(all_tokenizers, folder):
+    assert len({t.fingerprint for t in all_tokenizers.values()}) == len(all_tokenizers)
+    assert all(load_tokenizer(folder / kind).fingerprint == t.fingerprint for kind, t in all_tokenizers.items())

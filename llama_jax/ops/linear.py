@@ -140,8 +140,10 @@ def lookup(table: Array, tokens: Array, dtype: DTypeLike) -> Array:
     return _constrain_activation(run(gather_table(table, dtype), tokens), "BTD")
 
 
-def gather_table(table: Array, dtype: DTypeLike) -> Array:
+def gather_table(table: Array | QArray, dtype: DTypeLike) -> Array:
     """An embedding or output table [V, D] in a dtype, whole over fsdp, each device keeping its part of the vocabulary."""
+    if isinstance(table, QArray):
+        return (constrain(table.value, "vocab", "act_embed") * table.scale).astype(dtype)
     if table.dtype == dtype:
         return constrain(table, "vocab", "act_embed")
     # The barrier keeps the cast before the gather: XLA:TPU would gather float32 and cast after.

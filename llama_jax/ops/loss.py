@@ -24,7 +24,7 @@ X_AXES, HEAD_AXES, GATHERED_AXES, TOKEN_AXES = (
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def cross_entropy(x: Array, head: Array, targets: Array, weights: Array, vocab_size: int, z_loss: float) -> Array:
+def cross_entropy(x: Array, head: Array, targets: Array, weights: Array, vocab_size: int, z_loss: float) -> tuple[Array, Array]:
     """Sum over tokens of weight * (-log p(target) + z_loss * log(Z)^2), with p = softmax(x @ head.T) and Z its normaliser.
 
     The last term keeps logits from drifting (Chowdhery et al. 2022, arXiv:2204.02311, section 5). Products are in x's dtype
@@ -39,31 +39,34 @@ def cross_entropy(x: Array, head: Array, targets: Array, weights: Array, vocab_s
         z_loss: 0 for none.
 
     Returns:
-        A float32 scalar; x and head have gradients, the others none.
+        Two float32 scalars: the sum, in which x and head have gradients and the others none; and, to be reported, what it is
+        without z_loss, in which nothing has.
     """
     return _run(x, head, targets, weights, vocab_size, z_loss, with_gradients=False)[0]
 
 
 def _forward(x, head, targets, weights, vocab_size, z_loss):
-    loss, dx, dhead = _run(x, head, targets, weights, vocab_size, z_loss, with_gradients=True)
-    return loss, (dx, constrain(dhead, *HEAD_AXES).astype(head.dtype))
+    losses, dx, dhead = _run(x, head, targets, weights, vocab_size, z_loss, with_gradients=True)
+    return losses, (dx, constrain(dhead, *HEAD_AXES).astype(head.dtype))
 
 
-def _backward(vocab_size, z_loss, gradients, cotangent):
-    dx, dhead = gradients
+def _backward(vocab_size, z_loss, gradients, cotangents):
+    (dx, dhead), (cotangent, _) = gradients, cotangents
     return (dx * cotangent).astype(dx.dtype), (dhead * cotangent).astype(dhead.dtype), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _run(x, head, targets, weights, vocab_size, z_loss, *, with_gradients) -> tuple[Array, Array | None, Array | None]:
-    """The loss and, if asked for, the gradients of x (its dtype) and of head (float32)."""
+def _run(
+    x, head, targets, weights, vocab_size, z_loss, *, with_gradients
+) -> tuple[tuple[Array, Array], Array | None, Array | None]:
+    """Both losses and, if asked for, the gradients of x (its dtype) and of head (float32)."""
     gathered = gather_table(head, x.dtype)
     local = functools.partial(
         _local_loss, vocab_size=vocab_size, z_loss=z_loss, with_gradients=with_gradients, on_mesh=is_partitioned()
     )
-    outputs = ((), X_AXES, HEAD_AXES) if with_gradients else ((), (), ())
+    outputs = (((), ()), X_AXES, HEAD_AXES) if with_gradients else (((), ()), (), ())
     return per_device(local, (X_AXES, GATHERED_AXES, TOKEN_AXES, TOKEN_AXES), outputs)(x, gathered, targets, weights)
 
 
@@ -83,7 +86,7 @@ def _local_loss(x, head, targets, weights, *, vocab_size, z_loss, with_gradients
     dot = functools.partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
     def chunk(carry, inputs):
-        loss, dhead = carry
+        loss, unpenalised, dhead = carry
         x, targets, weights = inputs
         logits = dot("MD,VD->MV", x, head)
         logits = jnp.where(ids < vocab_size, logits, MASKED)
@@ -95,19 +98,21 @@ def _local_loss(x, head, targets, weights, *, vocab_size, z_loss, with_gradients
         is_target = ids == targets[:, None]
         target = over_vocab(jnp.sum(jnp.where(is_target, logits, 0), axis=-1))
         loss += jnp.sum(weights * (log_z - target + z_loss * log_z**2))
+        unpenalised += jnp.sum(weights * (log_z - target))
         if not with_gradients:
-            return (loss, dhead), None
+            return (loss, unpenalised, dhead), None
         probs = exps * ((1 + 2 * z_loss * log_z) / total)[:, None]
         dlogits = ((probs - is_target) * weights[:, None]).astype(x.dtype)
         dx = over_vocab(dot("MV,VD->MD", dlogits, head)).astype(x.dtype)
-        return (loss, dhead + dot("MV,MD->VD", dlogits, x)), dx
+        return (loss, unpenalised, dhead + dot("MV,MD->VD", dlogits, x)), dx
 
     dhead = jnp.zeros((V, D), jnp.float32) if with_gradients else None
-    (loss, dhead), dx = jax.lax.scan(chunk, (jnp.float32(0), dhead), xs)
+    (loss, unpenalised, dhead), dx = jax.lax.scan(chunk, (jnp.float32(0), jnp.float32(0), dhead), xs)
+    losses = (loss, unpenalised)
     if on_mesh:
-        loss = jax.lax.psum(loss, RULES["batch"])
+        losses = jax.lax.psum(losses, RULES["batch"])
     if not with_gradients:
-        return loss, None, None
+        return losses, None, None
     if on_mesh:
         dhead = sum_and_scatter(dhead, axis=1)
-    return loss, dx.reshape(chunks * size, D)[: B * T].reshape(B, T, D), dhead
+    return losses, dx.reshape(chunks * size, D)[: B * T].reshape(B, T, D), dhead

@@ -33,8 +33,8 @@ def _train(request: PlanRequest, shape: MeshShape, mesh: Mesh) -> tuple[Any, tup
     config = StepConfig(dtype=request.dtype, remat=request.remat, scan_layers=scan)
     settings = OptimizerConfig(name=request.optimizer, moment_dtype=request.first_moment)
     optimizer = make_optimizer(settings, param_axes(request.config, scan=scan))
-    state = state_shapes(request.config, optimizer, tensor=shape.tensor, scan=scan)
-    placed = jax.tree.map(_described, state, state_shardings(request.config, optimizer, mesh=mesh, scan=scan))
+    state = state_shapes(request.config, optimizer, config.form(), tensor=shape.tensor)
+    placed = jax.tree.map(_described, state, state_shardings(request.config, optimizer, config.form(), mesh=mesh))
     batch = batch_shapes(request.batch, request.length)
     rows = jax.tree.map(_described, batch, tree_shardings(mesh, BATCH_AXES, batch))
     return make_train_step(request.config, config, optimizer, mesh), (placed, rows), {}

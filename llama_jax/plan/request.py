@@ -11,8 +11,8 @@ from llama_jax.plan.topology import Topology, parse_topology
 
 TASKS = ("train", "decode", "prefill")
 DTYPES = {"bfloat16": 2, "float32": 4}  # bytes
-OPTIMIZERS = ("adamw", "lion", "sgd")  # llama_jax.training.optimizer.OPTIMIZERS
-REMAT = ("none", "projections", "full")  # llama_jax.model.stack.REMAT_POLICIES
+OPTIMIZERS = ("adamw", "lion", "sgd")  # of llama_jax.training.optimizer.OPTIMIZERS, those that update in place
+REMAT = ("none", "projections", "full")  # of llama_jax.model.stack.REMAT_POLICIES, those that stay on the device
 
 # What is planned when the request does not say; lengths are cut to the model's.
 TRAIN_LENGTH = 4096  # and one sequence per device

@@ -43,7 +43,7 @@ def ours(x, head, targets, weights, z_loss: float = 0.0, mesh=None, scale: float
     """Loss, and gradients of x and of head, of `scale` times the loss; traced anew on every call."""
 
     def scaled(x, head):
-        return scale * cross_entropy(x, head, targets, weights, V, z_loss)
+        return scale * cross_entropy(x, head, targets, weights, V, z_loss)[0]
 
     with on(mesh):
         value, gradients = jax.jit(jax.value_and_grad(scaled, argnums=(0, 1)))(x, head)
@@ -84,9 +84,10 @@ compiled = jax.jit(lambda *arrays: cross_entropy(*arrays, V, 0.01))
 @given(st.integers(0, 2**32))
 def test_without_a_gradient_the_loss_is_the_same(seed):
     arrays = draw(seed)
-    value = compiled(*arrays)
-    assert value.dtype == jnp.float32 and value.shape == ()
+    value, unpenalised = compiled(*arrays)
+    assert value.dtype == unpenalised.dtype == jnp.float32 and value.shape == unpenalised.shape == ()
     np.testing.assert_allclose(value, expected(*arrays, 0.01)[0], rtol=1e-6)
+    np.testing.assert_allclose(unpenalised, expected(*arrays, 0.0)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 28, 55, 1000])
@@ -148,7 +149,7 @@ def test_bfloat16_activations_are_multiplied_in_bfloat16_and_the_head_s_gradient
 
 def test_every_product_of_bfloat16_activations_is_of_bfloat16_and_gives_float32():
     x, head, targets, weights = draw(dtype=ml_dtypes.bfloat16)
-    gradient = jax.grad(lambda x, head: cross_entropy(x, head, targets, weights, V, 0.01), argnums=(0, 1))
+    gradient = jax.grad(lambda x, head: cross_entropy(x, head, targets, weights, V, 0.01)[0], argnums=(0, 1))
     bf16, f32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
     assert products(gradient, x, head) == [(bf16, bf16, f32)] * 3  # logits, and the two gradients: nothing twice
 
@@ -171,7 +172,7 @@ def test_no_program_holds_the_logits_of_all_tokens(name):
     B, T, V, D = 32 * devices, 1024, 32_000, 64
     shapes = [((B, T, D), "bfloat16"), ((V, D), "float32"), ((B, T), "int32"), ((B, T), "float32")]
     shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    gradient = jax.value_and_grad(lambda *arrays: cross_entropy(*arrays, V, 0.0), argnums=(0, 1))
+    gradient = jax.value_and_grad(lambda *arrays: cross_entropy(*arrays, V, 0.0)[0], argnums=(0, 1))
     with on(mesh):
         memory = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * loss.LOGITS_BYTES < B * T * V * 4 / devices / 3

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from llama_jax.config import PRESETS, ModelConfig
@@ -14,8 +13,8 @@ from llama_jax.data.batch import Batch
 from llama_jax.mesh import MeshShape, padded_vocab
 from llama_jax.model import Params, init_params, param_axes, stack_layers, unstack_layers
 from llama_jax.sharding import make_mesh, tree_shardings
-from llama_jax.training.optimizer import OptimizerConfig, make_optimizer
-from llama_jax.training.state import TrainState, state_shapes, state_shardings
+from llama_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from llama_jax.training.state import StateForm, TrainState, state_shapes, state_shardings, trained_axes
 from tests.make_mesh import TABLES, mesh_of
 
 B, T = 8, 24
@@ -57,13 +56,13 @@ def params_on(cfg: ModelConfig, mesh: Mesh, *, scan: bool) -> Params:
     return jax.device_put(params, tree_shardings(mesh, param_axes(cfg, scan=scan), params))
 
 
-def state_of(cfg: ModelConfig, mesh: Mesh, *, scan: bool) -> tuple[TrainState, optax.GradientTransformation]:
+def state_of(cfg: ModelConfig, mesh: Mesh, form: StateForm) -> tuple[TrainState, Optimizer]:
     """A state that has seen nothing, and its optimizer. (`init_state` makes one, too, but takes long to compile.)"""
-    optimizer = make_optimizer(OPTIMIZER, param_axes(cfg, scan=scan))
-    shapes = state_shapes(cfg, optimizer, tensor=mesh.shape["tensor"], scan=scan)
+    optimizer = make_optimizer(OPTIMIZER, trained_axes(cfg, form))
+    shapes = state_shapes(cfg, optimizer, form, tensor=mesh.shape["tensor"])
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    state = jax.device_put(zeros, state_shardings(cfg, optimizer, mesh=mesh, scan=scan))
-    return dataclasses.replace(state, params=params_on(cfg, mesh, scan=scan)), optimizer
+    state = jax.device_put(zeros, state_shardings(cfg, optimizer, form, mesh=mesh))
+    return dataclasses.replace(state, params=params_on(cfg, mesh, scan=form.scan)), optimizer
 
 
 def on_host(cfg: ModelConfig, params: Params) -> Params:

@@ -17,6 +17,11 @@ from tests.training.make import CFG, assert_trees_close
 PLAIN = OptimizerConfig("sgd", peak_lr=1.0, warmup_steps=0, total_steps=10**9, weight_decay=0.0, clip_norm=1e9)
 
 
+def config_of(name: str, **more) -> OptimizerConfig:
+    schedule = "constant" if name == "schedule_free" else "cosine"
+    return OptimizerConfig(name, **dict(schedule=schedule, peak_lr=1e-2, warmup_steps=1, total_steps=10) | more)
+
+
 def drawn(tree, seed: int = 0, scale: float = 1e-2):
     """Gradients for a tree."""
     leaves, form = jax.tree.flatten(tree)
@@ -75,7 +80,7 @@ def test_matrices_decay_and_norms_do_not(scan):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_stacked_layers_are_updated_as_they_are_one_by_one(name):
-    config = OptimizerConfig(name, peak_lr=1e-2, warmup_steps=1, total_steps=10, clip_norm=0.5)
+    config = config_of(name, clip_norm=0.5)
     params = params_of(CFG)
     gradients = [drawn(params, seed) for seed in range(3)]
     apart = updates_of(config, params, gradients)
@@ -88,10 +93,10 @@ def test_stacked_layers_are_updated_as_they_are_one_by_one(name):
 def test_adamw_is_the_formula():
     """Bias-corrected moments, epsilon outside the root, decay beside them (Loshchilov and Hutter 2019, algorithm 2)."""
     config = OptimizerConfig(peak_lr=0.1, warmup_steps=0, total_steps=10**9, clip_norm=1e9, b1=0.8, b2=0.9, eps=1e-3)
-    params = {"w": jnp.asarray([1.0, -2.0, 0.5])}
-    gradients = [np.array([0.3, -0.1, 1e-4]) * factor for factor in (1, -2, 0.5)]
-    optimizer = make_optimizer(config, {"w": ("mlp",)})
-    state, m, v = optimizer.init(params), np.zeros(3), np.zeros(3)
+    params = {"w": jnp.asarray([[1.0, -2.0, 0.5]])}
+    gradients = [np.array([[0.3, -0.1, 1e-4]]) * factor for factor in (1, -2, 0.5)]
+    optimizer = make_optimizer(config, {"w": ("mlp", "embed")})
+    state, m, v = optimizer.init(params), np.zeros((1, 3)), np.zeros((1, 3))
     for t, gradient in enumerate(gradients, start=1):
         updates, state = optimizer.update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
         m, v = 0.8 * m + 0.2 * gradient, 0.9 * v + 0.1 * gradient**2
@@ -137,7 +142,7 @@ def test_plain_descent_keeps_no_moments():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(name="adam"), "optimizer 'adam' is unknown; known: adamw, lion, sgd"),
+        (dict(name="adam"), "optimizer 'adam' is unknown; known: adamw, adafactor, lion, muon, schedule_free, sgd"),
         (dict(moment_dtype="float16"), "moment_dtype is 'float16', expected one of float32, bfloat16"),
         (dict(peak_lr=0.0), "peak_lr is 0.0, expected a positive number"),
         (dict(clip_norm=float("nan")), "clip_norm is nan, expected a positive number"),

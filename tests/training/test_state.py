@@ -11,9 +11,11 @@ from jax.sharding import PartitionSpec
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model import init_params, param_axes, param_shapes
 from llama_jax.training.optimizer import OptimizerConfig, make_optimizer
-from llama_jax.training.state import init_state, state_shapes, state_shardings
+from llama_jax.training.state import StateForm, init_state, state_shapes, state_shardings
 from tests.make_mesh import MESHES, without_rematerialisation
 from tests.training.make import CFG, TIED, assert_trees_close, on_host, training_mesh
+
+SCANNED = StateForm(scan=True)
 
 
 def moments(state) -> list:
@@ -28,8 +30,8 @@ def moments(state) -> list:
 def test_moments_lie_where_their_parameters_do_and_counts_everywhere(name, optimizer, scan):
     mesh = training_mesh(name)
     optimizer_ = make_optimizer(OptimizerConfig(optimizer), param_axes(CFG, scan=scan))
-    places = state_shardings(CFG, optimizer_, mesh=mesh, scan=scan)
-    shapes = state_shapes(CFG, optimizer_, tensor=mesh.shape["tensor"], scan=scan)
+    places = state_shardings(CFG, optimizer_, StateForm(scan), mesh=mesh)
+    shapes = state_shapes(CFG, optimizer_, StateForm(scan), tensor=mesh.shape["tensor"])
     assert jax.tree.structure(places) == jax.tree.structure(shapes)
     found = moments(places)
     assert len(found) == {"adamw": 2, "lion": 1, "sgd": 0}[optimizer]
@@ -41,7 +43,7 @@ def test_moments_lie_where_their_parameters_do_and_counts_everywhere(name, optim
 
 def test_the_shapes_of_a_state_are_those_of_its_parameters_and_moments():
     optimizer = make_optimizer(OptimizerConfig(moment_dtype="bfloat16"), param_axes(CFG, scan=True))
-    shapes = state_shapes(CFG, optimizer, tensor=8, scan=True)
+    shapes = state_shapes(CFG, optimizer, SCANNED, tensor=8)
     assert shapes.params == param_shapes(CFG, scan=True, tensor=8)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes.params)} == {jnp.dtype("float32")}
     mu, nu = moments(shapes)
@@ -61,23 +63,23 @@ def test_a_state_starts_from_the_same_values_on_every_mesh(expected, name):
     mesh = training_mesh(name)
     optimizer = make_optimizer(OptimizerConfig(), param_axes(CFG, scan=True))
     with without_rematerialisation():
-        state = init_state(CFG, optimizer, jax.random.key(7), mesh=mesh, scan=True)
+        state = init_state(CFG, optimizer, jax.random.key(7), SCANNED, mesh=mesh)
     assert_trees_close(on_host(CFG, state.params), expected, atol=1e-8)  # the same bits, but for the last of a square root
     assert int(state.step) == 0
     for tree in moments(state):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(tree))
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == state_shardings(CFG, optimizer, mesh=mesh, scan=True)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == state_shardings(CFG, optimizer, SCANNED, mesh=mesh)
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused():
     cfg = dataclasses.replace(CFG, num_heads=6)
     optimizer = make_optimizer(OptimizerConfig(), param_axes(cfg, scan=True))
     with pytest.raises(LlamaError, match=r"6 heads are not divisible by tensor=8; .*data=2 fsdp=2 tensor=2") as caught:
-        init_state(cfg, optimizer, jax.random.key(0), mesh=training_mesh("1x1x8"), scan=True)
+        init_state(cfg, optimizer, jax.random.key(0), SCANNED, mesh=training_mesh("1x1x8"))
     assert caught.value.code == ExitCode.BAD_MESH
 
 
 def test_a_tied_head_has_no_parameter_and_no_moment_of_its_own():
     optimizer = make_optimizer(OptimizerConfig(), param_axes(TIED, scan=True))
-    shapes = state_shapes(TIED, optimizer, tensor=1, scan=True)
+    shapes = state_shapes(TIED, optimizer, SCANNED, tensor=1)
     assert all("lm_head" not in tree for tree in (shapes.params, *moments(shapes)))

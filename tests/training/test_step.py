@@ -52,7 +52,7 @@ class Run:
 
 def run(cfg: ModelConfig, name: str | None, config: StepConfig = FLOAT32) -> Run:
     mesh = training_mesh(name)
-    state, optimizer = state_of(cfg, mesh, scan=config.scan_layers)
+    state, optimizer = state_of(cfg, mesh, config.form())
     step = make_train_step(cfg, config, optimizer, mesh)
     states, metrics = [state], []
     with jax.set_mesh(mesh):
@@ -123,7 +123,7 @@ def test_the_old_state_s_memory_is_the_new_one_s(alone):
 
 
 def loss_and_gradient(config: StepConfig, cfg: ModelConfig = CFG):
-    return jax.jit(jax.value_and_grad(functools.partial(batch_loss, cfg, config)))
+    return jax.jit(jax.value_and_grad(lambda params, batch: batch_loss(cfg, config, params, batch)[0]))
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_a_bfloat16_step_has_float32_gradients_near_the_float32_ones(params, pla
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 def test_no_product_of_a_bfloat16_step_is_of_float32(scan):
     """Forward, backward and loss: all that matrix units multiply is bfloat16, all they give is float32."""
-    gradient = jax.grad(functools.partial(batch_loss, CFG, StepConfig(scan_layers=scan)))
+    gradient = jax.grad(functools.partial(batch_loss, CFG, StepConfig(scan_layers=scan)), has_aux=True)
     found = products(gradient, param_shapes(CFG, scan=scan), batch_of())
     assert len(found) > 20
     bf16, f32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
@@ -246,7 +246,7 @@ def test_no_product_of_a_bfloat16_step_is_of_float32(scan):
     "wrong, message",
     [
         (dict(dtype="float16"), "dtype is 'float16', expected one of bfloat16, float32"),
-        (dict(remat="some"), "remat is 'some', expected one of none, full, projections"),
+        (dict(remat="some"), "remat is 'some', expected one of none, full, projections, offload"),
     ],
 )
 def test_a_setting_that_is_unknown_is_refused_with_the_known_ones(wrong, message):
@@ -259,7 +259,7 @@ def traced(mesh_name: str, rows: int) -> None:
     """Traces a step for a batch of so many rows, and compiles nothing."""
     mesh = training_mesh(mesh_name)
     optimizer = make_optimizer(OPTIMIZER, param_axes(CFG, scan=True))
-    shapes = state_shapes(CFG, optimizer, tensor=mesh.shape["tensor"], scan=True)
+    shapes = state_shapes(CFG, optimizer, FLOAT32.form(), tensor=mesh.shape["tensor"])
     jax.eval_shape(make_train_step(CFG, FLOAT32, optimizer, mesh), shapes, batch_shapes(rows, T))
 
 

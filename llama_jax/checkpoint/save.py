@@ -163,10 +163,10 @@ def save_rooms(
     with contextlib.ExitStack() as stack:
         with everywhere():
             if first:
-                nbytes += sum(file.stat().st_size for file in tokenizer_files)
-                stack.enter_context(_output(folder, nbytes, overwrite))
-                for file in tokenizer_files:
-                    (folder / file.name).write_bytes(file.read_bytes())
+                texts = {file.name: file.read_bytes() for file in tokenizer_files}
+                stack.enter_context(_output(folder, nbytes + sum(map(len, texts.values())), overwrite))
+                for name, text in texts.items():
+                    (folder / name).write_bytes(text)
         for name, room in rooms.items():
             write_arrays(folder / name, room.leaves, room.axes, written=written)
         with everywhere():
@@ -323,7 +323,9 @@ def recover(folder: epath.Path) -> None:
     A run that was killed while it replaced a checkpoint has left the old one beside it, whole.
     """
     old = folder.parent / (folder.name + REPLACED)
-    if (folder / UNFINISHED).exists() and not (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists():
+        (folder / UNFINISHED).unlink(missing_ok=True)
+    elif (folder / UNFINISHED).exists():
         remove(folder)
     if (old / MANIFEST).exists() and not (folder / MANIFEST).exists():
         remove(folder)

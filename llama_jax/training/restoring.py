@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
+from llama_jax import distributed
 from llama_jax.checkpoint.arrays import everywhere
 from llama_jax.checkpoint.layout import Source
 from llama_jax.checkpoint.load import load_params, read_arrays
@@ -41,7 +42,8 @@ def restore(
         LlamaError: there is no complete checkpoint of a training run, it is of another model, optimizer or adapter (with what
             differs), or an array cannot be read.
     """
-    checkpoint = Checkpoint.open(path)
+    newest = str(Checkpoint.open(path).path) if distributed.is_main() else ""  # the others might see another one
+    checkpoint = Checkpoint.open(distributed.broadcast(newest))
     run = _run_of(checkpoint)
     _check(checkpoint, run, layout, identity)
     remedy = f"remove {checkpoint.path} to go on from the checkpoint before it"

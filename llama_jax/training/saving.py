@@ -80,6 +80,7 @@ class Saver:
         chat_format: str = "",
         source: Mapping[str, Any] | None = None,
         command: str = "",
+        adapter: Mapping[str, Any] | None = None,
     ):
         """Tidies what a killed run has left in the workdir: make the saver before looking for a checkpoint to go on from.
 
@@ -88,20 +89,31 @@ class Saver:
             identity: settings that a run must share to go on from these checkpoints, as JSON can hold them; those of the model
                 and of the layout's form are known.
             tokenizer_files, chat_format, source, command: of the checkpoints; see Checkpoint.
+            adapter: of a LoRA run, what `llama_jax.checkpoint.adapter.adapter_record` says.
         """
         self._steps = epath.Path(workdir) / STEPS
         self._layout = layout
         self._retention = retention
         self._identity = layout.identity() | dict(identity)
         self._tokenizer_files = tuple(tokenizer_files)
-        self._chat_format, self._source, self._command = chat_format, dict(source or {}), command
+        assert (adapter is not None) == bool(layout.form.lora.rank)
+        self._checkpoint = Checkpoint(
+            path=self._steps,
+            config=layout.cfg,
+            dtype=np.dtype(np.float32),
+            chat_format=chat_format,
+            tokenizer=tuple(file.name for file in tokenizer_files),
+            source=source or {},
+            command=command,
+            adapter=adapter,
+        )
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._writing: concurrent.futures.Future[None] | None = None
         self._saved = -1
         with everywhere("the old checkpoints were not looked at"):
             if jax.process_index() == 0:
                 _tidy(self._steps)
-        self._metrics = {step: read_run(self._steps / str(step))["metric"] for step in self._complete()}
+        self._metrics = {step: _metric(self._steps / str(step)) for step in self._complete()}
 
     def save(self, state: TrainState, *, extra: Mapping[str, Any] | None = None, metric: float | None = None) -> None:
         """Writes the state as it is now; it may be donated as soon as this returns. A step that this saver has saved is not
@@ -162,22 +174,14 @@ class Saver:
         try:
             self.close()
         except Exception as also:  # what ended the block is to be seen
-            note(f"warning: {also}")
+            note(f"warning: the last checkpoint was not written: {also}")
 
     def _complete(self) -> list[int]:
         return complete_steps(self._steps.parent)
 
     def _write(self, step: int, rooms: Mapping[str, Room], run: Mapping[str, Any]) -> None:
         """Writes a checkpoint, then removes those that need not be kept."""
-        checkpoint = Checkpoint(
-            path=self._steps / str(step),
-            config=self._layout.cfg,
-            dtype=np.dtype(np.float32),
-            chat_format=self._chat_format,
-            tokenizer=tuple(file.name for file in self._tokenizer_files),
-            source=self._source,
-            command=self._command,
-        )
+        checkpoint = dataclasses.replace(self._checkpoint, path=self._steps / str(step))
         first = jax.process_index() == 0
 
         def finish(checkpoint: Checkpoint) -> Checkpoint:
@@ -213,9 +217,18 @@ def read_run(folder: epath.Path) -> dict[str, Any]:
     return json.loads((folder / RUN).read_text())
 
 
+def _metric(folder: epath.Path) -> float | None:
+    try:
+        return read_run(folder)["metric"]
+    except (OSError, ValueError):  # `restore` says so, should it be wanted
+        return None
+
+
 def _tidy(steps: epath.Path) -> None:
     """Removes checkpoints that were begun and are not complete, and takes back those that were being replaced."""
     names = {child.name.removesuffix(REPLACED) for child in steps.iterdir()} if steps.is_dir() else ()
-    for name in sorted(names):
-        if name.isdecimal():
-            recover(steps / name)
+    for name in filter(str.isdecimal, names):
+        recover(steps / name)
+        for folder in (steps / name, steps / (name + REPLACED)):
+            if folder.is_dir() and not any(folder.iterdir()):  # neither marked yet nor there any more
+                folder.rmdir()

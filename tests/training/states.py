@@ -64,7 +64,8 @@ def drawn(leaf: StoredLeaf, name: str, step: int = 1, seed: int = 0) -> np.ndarr
 
 
 def saver_of(workdir: Any, layout: StateLayout, retention: Retention = KEEP_ALL, **options: Any) -> Saver:
-    return Saver(workdir, layout, retention, **dict(identity=IDENTITY) | options)
+    options = dict(identity=IDENTITY, adapter={"rank": layout.form.lora.rank} if layout.form.lora.rank else None) | options
+    return Saver(workdir, layout, retention, **options)
 
 
 def assert_stored(step: Any, layout: StateLayout, seed: int = 0) -> None:

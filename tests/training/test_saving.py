@@ -1,12 +1,22 @@
 """Training states on disk: to the bit, from any form and mesh to any other; what is refused; what is kept."""
 
+import dataclasses
+import shutil
+
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
+from llama_jax.checkpoint.load import load_params
+from llama_jax.checkpoint.store import Checkpoint, to_flat
+from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model import LoraConfig
-from llama_jax.training.optimizer import OPTIMIZERS, OptimizerConfig
-from llama_jax.training.restoring import restore
+from llama_jax.training.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
+from llama_jax.training.restoring import initial_params, restore
+from llama_jax.training.state import StateForm, evaluated, state_shapes, trained_axes
+from tests.checkpoint.test_save import save
+from tests.training.make import CFG, training_mesh
 from tests.training.states import IDENTITY, assert_is, assert_stored, layout_of, saver_of, state_of
 
 
@@ -16,7 +26,8 @@ def test_a_state_comes_back_to_the_bit_on_any_mesh_and_in_either_form(tmp_path, 
     with saver_of(tmp_path, saved) as saver:
         saver.save(state_of(saved, step=7), extra={"seed": 3})
     assert_stored(tmp_path / "checkpoints/7", saved)
-    for layout in (saved, layout_of(name, "1x8x1"), layout_of(name)):
+    others = ("8x1x1", "1x8x1", "1x1x8") if name == "adamw" else ()
+    for layout in (saved, layout_of(name), *(layout_of(name, mesh) for mesh in others)):
         state, extra = restore(tmp_path, layout, identity=IDENTITY)
         assert_is(state, layout, step=7)
         assert extra == {"seed": 3}
@@ -38,3 +49,146 @@ def test_a_state_of_any_form_comes_back_to_the_bit(tmp_path, name):
         saver.save(state_of(saved))
     assert_stored(tmp_path / "checkpoints/1", saved)
     assert_is(restore(tmp_path, restored, identity=IDENTITY)[0], restored)
+
+
+@pytest.mark.parametrize("kind", ["average", "schedule_free"])
+def test_params_have_the_weights_to_sample_with_and_state_those_that_train(tmp_path, kind):
+    """Nothing is stored twice but schedule_free's, whose average is in no array of the state."""
+    layout = layout_of("schedule_free") if kind == "schedule_free" else layout_of("sgd", ema=True, freeze=("lm_head",))
+    state = state_of(layout)
+    with saver_of(tmp_path, layout) as saver:
+        saver.save(state)
+    checkpoint = Checkpoint.open(tmp_path)
+    found = to_flat(load_params(checkpoint, np.dtype(np.float32)))
+    wanted = to_flat(jax.jit(evaluated, static_argnums=0)(layout.form, state)[0])
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert np.asarray(found[name]).tobytes() == np.asarray(value)[: found[name].shape[0]].tobytes(), name
+        assert np.asarray(found[name]).tobytes() != np.asarray(to_flat(state.params)[name]).tobytes() or name == "lm_head"
+    assert bool(layout.averages) == (kind == "schedule_free")
+
+
+def test_the_weights_of_a_run_are_loaded_like_those_of_any_checkpoint(tmp_path):
+    layout = layout_of("adamw", "1x1x8", scan=True)
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(b"tokens")
+    options = dict(tokenizer_files=[file], chat_format="llama2", source={"kind": "training"}, command="train")
+    with saver_of(tmp_path / "run", layout, **options) as saver:
+        saver.save(state_of(layout, step=1))
+        saver.save(state_of(layout, step=20, seed=1))
+        saver.save(state_of(layout, step=3, seed=2))
+    checkpoint = Checkpoint.open(tmp_path / "run")
+    assert checkpoint.path == epath.Path(tmp_path / "run/checkpoints/20")
+    assert (checkpoint.config, checkpoint.dtype, checkpoint.chat_format) == (layout.cfg, np.float32, "llama2")
+    assert (checkpoint.tokenizer, checkpoint.source, checkpoint.command) == (
+        ("tokenizer.model",),
+        {"kind": "training"},
+        "train",
+    )
+    assert (checkpoint.path / "tokenizer.model").read_bytes() == b"tokens"
+    params = load_params(checkpoint, np.dtype(np.float32))
+    plain = layout_of()
+    expected = to_flat(state_of(plain, step=20, seed=1).params)
+    assert {name: np.asarray(value).tobytes() for name, value in to_flat(params).items()} == {
+        name: np.asarray(value).tobytes() for name, value in expected.items()
+    }
+
+
+def test_names_and_chunks_on_disk_do_not_depend_on_mesh_and_form():
+    """Moments are cut as their parameters are, on meshes of the widest axes too."""
+    one, other = layout_of("muon"), layout_of("muon", "1x8x1", scan=True)
+    assert one.arrays() == other.arrays()
+    axes = [{name: leaf.axes for leaf in layout.leaves.values() for name in leaf.names} for layout in (one, other)]
+    assert axes[0] == axes[1]
+    assert axes[0]["opt_state.1.layers.0.k_proj.0.mu"] == axes[0]["layers.0.k_proj"] == ("kv_heads", "head_dim", "embed")
+    assert axes[0]["opt_state.1.embedding.mu"] == ("vocab", "embed") and axes[0]["step"] == ()
+
+
+# --- what is refused
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of two checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    layout = layout_of()
+    with saver_of(folder, layout) as saver:
+        saver.save(state_of(layout, step=1))
+        saver.save(state_of(layout, step=2, seed=1))
+    return folder
+
+
+DEEPER = dataclasses.replace(CFG, num_layers=3)
+BF16 = OptimizerConfig(moment_dtype="bfloat16")
+OTHERS = {
+    "model": (dict(cfg=DEEPER), {}, "model.num_layers is 2 in the checkpoint and 3 in the config"),
+    "context": (dict(cfg=dataclasses.replace(CFG, max_length=99)), {}, "model.max_length is 256 in the .* 99 in the config"),
+    "optimizer": (dict(optimizer="lion"), {"optimizer.name": "lion"}, "optimizer.name is adamw in the .* lion in the config"),
+    "moments": (dict(optimizer=BF16), {}, r"state/opt_state.1.mu.embedding is float32\[321, 48\] in .* bfloat16\[321, 48\] in"),
+    "lora": (dict(lora=LoraConfig(2)), {}, "lora.rank is 0 in the checkpoint and 2 in the config; .*; and .* more"),
+    "average": (dict(ema=True), {}, "train.ema is False in the checkpoint and True in the config"),
+    "frozen": (dict(freeze=("embedding",)), {}, r"train.freeze is \[\] in the checkpoint and \['embedding'\] in the config"),
+    "seed": ({}, {"seed": 1}, "seed is absent in the checkpoint and 1 in the config"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_checkpoint_of_another_run_is_refused_by_name_with_what_to_do(workdir, name):
+    options, identity, message = OTHERS[name]
+    with pytest.raises(LlamaError, match=f"{message}.*another --workdir") as caught:
+        restore(workdir, layout_of(**options), identity=IDENTITY | identity)
+    assert caught.value.code == ExitCode.BAD_CONFIG and "--config.init_from=" in str(caught.value)
+
+
+def test_a_converted_checkpoint_has_nothing_to_go_on_from(tmp_path):
+    save(tmp_path / "c", CFG, to_flat(jax.tree.map(np.asarray, state_of(layout_of()).params)))
+    with pytest.raises(LlamaError, match=r"c has weights and no state/run.json, it is no training run's: .*init_from=.*c and"):
+        restore(tmp_path / "c", layout_of(), identity=IDENTITY)
+
+
+def test_an_adapter_comes_back_beside_the_base_it_is_given(tmp_path):
+    layout = layout_of(lora=LoraConfig(2, targets=("k_proj",)), base_dtype="bfloat16", quantize="int8")
+    base = {"embedding": jax.numpy.ones(3)}
+    with saver_of(tmp_path, layout) as saver:
+        saver.save(state_of(layout, base=base))
+    assert sorted(file.name for file in (tmp_path / "checkpoints/1").iterdir()) == ["adapter", "checkpoint.json", "state"]
+    state, _ = restore(tmp_path, layout, identity=IDENTITY, base=base)
+    assert state.params is base
+    assert_is(state, layout)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "run.json"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_it_still_restores(workdir, tmp_path, damage):
+    shutil.copytree(workdir, tmp_path / "run")
+    if damage == "run.json":
+        (tmp_path / "run/checkpoints/2/state/run.json").write_text("{")
+    for file in (tmp_path / "run/checkpoints/2/state").rglob("d/*"):
+        file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:99]) if damage == "short" else None
+    with pytest.raises(
+        LlamaError, match=r"checkpoints/2/state.*: remove .*checkpoints/2 to go on from the checkpoint"
+    ) as caught:
+        restore(tmp_path / "run", layout_of(), identity=IDENTITY)
+    assert caught.value.code == ExitCode.TRUNCATED
+    saver_of(tmp_path / "run", layout_of()).close()  # which is not in the way of the others
+    assert_is(restore(tmp_path / "run/checkpoints/1", layout_of(), identity=IDENTITY)[0], layout_of())
+
+
+# --- starting from weights
+
+
+@pytest.mark.parametrize("base", ["float32", "int8"])
+def test_a_run_starts_from_anybodys_weights_in_its_own_form(tmp_path, base):
+    """A context of another length is the config's business; other shapes are another model."""
+    value = jax.tree.map(lambda leaf: np.asarray(leaf.astype("bfloat16")), state_of(layout_of()).params)
+    save(tmp_path / "c", CFG, to_flat(value))
+    opened = Checkpoint.open(tmp_path / "c")
+    form = StateForm(True, LoraConfig(2), "bfloat16", "int8") if base == "int8" else StateForm(True)
+    mesh = training_mesh("2x2x2")
+    params = initial_params(opened, dataclasses.replace(CFG, max_length=512), form, mesh=mesh)
+    wanted = state_shapes(CFG, make_optimizer(OptimizerConfig(), trained_axes(CFG, form)), form, tensor=2).params
+    assert jax.tree.structure(params) == jax.tree.structure(wanted)
+    for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+        assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+    assert np.asarray(params["embedding"]).astype("bfloat16")[:321].tobytes() == value["embedding"].tobytes()
+    with pytest.raises(LlamaError, match=r"c is another model: num_layers is 2 in the checkpoint and 3 in the config. Leave"):
+        initial_params(opened, DEEPER, form, mesh=mesh)

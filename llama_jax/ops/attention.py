@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.ops.kernels import splash
+from llama_jax.ops.kernels import flash, splash
 from llama_jax.ops.linear import dot
 from llama_jax.sharding import per_device
 
@@ -13,13 +13,15 @@ from llama_jax.sharding import per_device
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
-def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None) -> Array:
+def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None, *, kernels: bool = True) -> Array:
     """Attention of whole sequences to themselves: a token sees those before it, and itself.
 
     Args:
         q: [B, T, N, H], rotated.
         k, v: [B, T, K, H], k rotated; N is a multiple of K.
         segment_ids: [B, T] where rows hold several sequences: a token sees its own only.
+        kernels: by the kernel of the platform this is compiled for (TPU, CUDA), where it has one for the shape. False, shapes
+            without one, float32, which kernels do not multiply in full, and CPUs: [B, N, T, T] scores are in memory.
 
     Returns:
         [B, T, N, H] in v's dtype.
@@ -31,11 +33,16 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
             mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
         return checkpoint_name(attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask), "attention")
 
-    if q.dtype == jnp.float32 or not splash.supports(q.shape[1], q.shape[3]):  # the kernel has no full float32 precision
-        return plain(q, k, v, segment_ids)
     heads, kv_heads = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
-    on_tpu = per_device(splash.attend_splash, (heads, kv_heads, kv_heads, ("batch", "length")), heads)
-    return jax.lax.platform_dependent(q, k, v, segment_ids, tpu=on_tpu, default=plain)
+    known = {"tpu": (splash.attend_splash, splash.supports), "cuda": (flash.attend_flash, flash.supports)}
+    usable = {
+        platform: per_device(kernel, (heads, kv_heads, kv_heads, ("batch", "length")), heads)
+        for platform, (kernel, supports) in known.items()
+        if supports(q.shape[1], q.shape[3])
+    }
+    if not kernels or not usable or q.dtype == jnp.float32:
+        return plain(q, k, v, segment_ids)
+    return jax.lax.platform_dependent(q, k, v, segment_ids, **usable, default=plain)
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:

@@ -79,3 +79,13 @@ def test_what_the_kernel_keeps_for_the_backward_pass_has_a_name():
 )
 def test_the_kernel_takes_whole_blocks_only(length, head_dim, does):
     assert supports(length, head_dim) == does
+
+
+def test_the_kernel_multiplies_at_the_precision_that_tpus_have_whatever_the_user_set():
+    """XLA:TPU refuses to compile it for bfloat16 at another, its gradients, too."""
+    q, k, v, segments = draw(*SHAPES["one block"], dtype=ml_dtypes.bfloat16)
+    gradients = jax.grad(lambda *a: jnp.sum(interpreted(*a, segments).astype(jnp.float32)), argnums=(0, 1, 2))
+    with jax.default_matmul_precision("highest"):
+        program = str(jax.make_jaxpr(gradients)(q, k, v))
+    assert program.count("pallas_call[") == 3 and program.count("dot_general[") >= 9
+    assert "HIGHEST" not in program

@@ -1,6 +1,9 @@
 """Attention of whole sequences on TPUs: jax's splash attention, which never holds the scores (Dao et al. 2022,
 arXiv:2205.14135) and skips the blocks that no query may see."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -43,8 +46,27 @@ def attend_splash(q: Array, k: Array, v: Array, segment_ids: Array | None, *, in
     )
     q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    if segment_ids is None:
-        out = jax.vmap(kernel)(q, k, v)
-    else:
-        out = jax.vmap(kernel)(q, k, v, SegmentIds(segment_ids, segment_ids))
+    segments = None if segment_ids is None else SegmentIds(segment_ids, segment_ids)
+    out = _at_default_precision(jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0)))(q, k, v, segments)
     return checkpoint_name(out.swapaxes(1, 2), "attention").astype(v.dtype)
+
+
+def _at_default_precision(kernel: Callable) -> Callable:
+    """kernel(q, k, v, segments) and its gradients, whatever jax_default_matmul_precision says: XLA:TPU compiles no kernel that
+    multiplies bfloat16 at another."""
+
+    @jax.custom_vjp
+    def run(q: Array, k: Array, v: Array, segments: Any) -> Array:
+        with jax.default_matmul_precision("default"):
+            return kernel(q, k, v, segments)
+
+    def forward(q: Array, k: Array, v: Array, segments: Any) -> tuple[Array, Callable]:
+        with jax.default_matmul_precision("default"):
+            return jax.vjp(lambda *qkv: kernel(*qkv, segments), q, k, v)
+
+    def backward(pull: Callable, d_out: Array) -> tuple[Array, Array, Array, None]:
+        with jax.default_matmul_precision("default"):
+            return *pull(d_out), None
+
+    run.defvjp(forward, backward)
+    return run

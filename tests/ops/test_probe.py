@@ -1,0 +1,68 @@
+"""Choosing between the GPU's attention kernel and plain attention; the CPU's interpreter stands for a GPU on which it works."""
+
+import functools
+import types
+
+import jax
+import pytest
+
+from llama_jax.errors import LlamaError
+from llama_jax.ops.kernels import flash, probe
+from llama_jax.ops.kernels.probe import choose_attention
+
+GPU = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100")
+CPU = jax.devices("cpu")[0]
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Faults to be found on a GPU, each once."""
+    faults = []
+    monkeypatch.setattr(probe, "find_fault", lambda device, head_dim: faults.pop())
+    return faults
+
+
+def test_a_kernel_that_works_has_no_fault(monkeypatch):
+    monkeypatch.setattr(flash, "attend_flash", functools.partial(flash.attend_flash, interpret=True))
+    with jax.default_matmul_precision("default"):
+        assert probe.find_fault.__wrapped__(CPU, 64) == ""
+
+
+def test_a_kernel_that_does_not_compile_says_why():
+    assert "interpret mode" in probe.find_fault.__wrapped__(CPU, 64)
+
+
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_a_kernel_that_computes_something_else_is_found_out(monkeypatch, factor):
+    def wrong(q, k, v, segment_ids):
+        return q * factor
+
+    monkeypatch.setattr(flash, "attend_flash", wrong)
+    assert "out is wrong by" in probe.find_fault.__wrapped__(CPU, 64)
+
+
+def test_a_gpu_uses_the_kernel_where_it_works_and_is_warned_once_where_it_does_not(found):
+    notes = []
+    found[:] = ["no such instruction", ""]
+    assert choose_attention("auto", GPU, 64, notes.append) and not notes
+    assert not choose_attention("auto", GPU, 64, notes.append)
+    assert len(notes) == 1 and "A100 (no such instruction)" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "wanted, device, head_dim, kernels",
+    [
+        ("kernel", GPU, 64, True),
+        ("plain", GPU, 64, False),
+        ("auto", GPU, 48, True),  # the op knows that it has none
+        ("auto", CPU, 64, True),
+        ("plain", CPU, 64, False),
+    ],
+)
+def test_nothing_is_tried_where_there_is_nothing_to_find_out(found, wanted, device, head_dim, kernels):
+    assert choose_attention(wanted, device, head_dim, pytest.fail) == kernels
+
+
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(LlamaError, match="attention is 'cudnn', expected one of auto, kernel, plain"):
+        choose_attention("cudnn", GPU, 64, pytest.fail)

@@ -1,28 +1,9 @@
 """What happens in the stories, as text with drawn words (the notation: `stories.py`)."""
 
-import dataclasses
-from collections.abc import Mapping
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """A small problem and how it ends.
-
-    Attributes:
-        slots: what is drawn once for the whole story, besides the cast: names and values, separated by ", ". "a b" draws
-            two different values, "a/b" one value whose halves belong together.
-        text: beats separated by empty lines; each line is one way to tell its beat; "> " opens a paragraph.
-    """
-
-    slots: Mapping[str, str]
-    text: str
-
-    @property
-    def beats(self) -> list[list[str]]:
-        return [block.splitlines() for block in self.text.strip().split("\n\n")]
-
+from bundled.plot import Plot
 
 LOST = Plot(
+    "something that got lost",
     {
         "thing": "ball, kite, drum, boat, doll, train, hat, bell, scarf, book, whistle, wagon",
         "spot1 spot2 spot3": (
@@ -63,6 +44,7 @@ They [danced|jumped] for joy, and {name} let {friend} hold the {thing} for a whi
 )
 
 STUCK = Plot(
+    "something stuck high up",
     {
         "thing": "kite, ball, hat, balloon, scarf, paper plane",
         "high": "in a tall tree, on the roof, on top of the wall, in the apple tree",
@@ -100,6 +82,7 @@ Then {friend} {tool_used}. Plop! The {thing} fell [right beside|next to] {name}.
 )
 
 BROKEN = Plot(
+    "something that broke",
     {
         "thing": "wagon, boat, drum, train, chair, clock, music box, bird house",
         "fix": "glue, tape, string, wire, a hammer and nails",
@@ -133,6 +116,7 @@ At last the {thing} was done. "It is even [better|stronger] now," said {friend},
 )
 
 SHARE = Plot(
+    "sharing",
     {
         "thing": "swing, drum, wagon, bike, boat, sled, kite, scooter",
         "turns": "ten turns each, one song each, until the count of twenty, one trip around the garden each",
@@ -169,6 +153,7 @@ All afternoon they took turns with the {color} {thing}.
 )
 
 AFRAID = Plot(
+    "being afraid",
     {
         "fear/why/brave_act": (
             "the dark/there was a monster in the corner/turned off the lamp, thunder/the sky would fall down/went to the "
@@ -209,6 +194,7 @@ So {name} took a deep breath, counted slowly and {brave_act}. It was not so bad 
 )
 
 CREATURE = Plot(
+    "a hurt animal",
     {
         "animal/food/sound": (
             "bird/seeds/Peep, kitten/milk/Meow, puppy/bread/Woof, lamb/grass/Baa, chick/corn/Cheep, pony/apples/Neigh, "
@@ -252,6 +238,7 @@ They called it {pet}, and every day {pet} got [better|stronger].
 )
 
 BAKING = Plot(
+    "cooking",
     {
         "dish": "cake, pie, stew, pudding, pizza, salad",
         "missing/number": "eggs/three, apples/six, carrots/five, tomatoes/four, plums/seven, nuts/nine",
@@ -289,6 +276,7 @@ They worked all [morning|afternoon]. There was sugar on the table and flour on t
 )
 
 RAIN = Plot(
+    "a rainy day",
     {
         "plan/item": (
             "go to the beach/bucket, have a picnic/basket, fly kites/kite, ride bikes/bike, play football/ball, sail toy "
@@ -327,6 +315,7 @@ They made {made} and put the {item} on top. How they laughed!
 )
 
 LEARN = Plot(
+    "learning something new",
     {
         "skill/skilled/slip": (
             "swim/swam/got water in the nose, ride a bike/rode the bike/fell off the bike, whistle/whistled/made only a "
@@ -368,6 +357,7 @@ At last {sub} {skilled} from start to end. {friend} [cheered|clapped] loudly.
 )
 
 HONEST = Plot(
+    "telling the truth",
     {
         "thing": "cup, vase, lamp, plate, bowl, mirror, flower pot, teapot",
         "hiding": "under a rug, behind the curtain, in a drawer, under the bed, in a box",
@@ -405,6 +395,7 @@ So {name} took out the pieces and said, "I broke the {thing}. I am sorry."
 )
 
 GARDEN = Plot(
+    "a garden",
     {
         "plant/fruit": (
             "sunflower/a flower as big as a plate, bean/long green beans, pumpkin/a huge round pumpkin, rose/a sweet red "
@@ -446,6 +437,7 @@ So {friend} and {name} worked together. {name} {guard}.
 )
 
 WAY_HOME = Plot(
+    "getting lost in the woods",
     {
         "seen1 seen2 seen3": (
             "tall pine tree, big round rock, red mill, wooden bridge, field of flowers, empty hut, stone wall, little stream"

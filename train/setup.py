@@ -1,0 +1,241 @@
+"""From a recipe and a WORKDIR to a run that is ready: model, data, mesh, and a state that is new or goes on."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from llama_jax import distributed
+from llama_jax.checkpoint.adapter import adapter_record
+from llama_jax.checkpoint.layout import Source
+from llama_jax.checkpoint.store import Checkpoint
+from llama_jax.config import ModelConfig
+from llama_jax.data.batch import BATCH_AXES, Batch
+from llama_jax.data.dataset import PackedDataset
+from llama_jax.data.opening import DataConfig, open_dataset
+from llama_jax.data.pipeline import batch_rows, eval_batches, train_batches
+from llama_jax.data.sources import parse_sources
+from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.generation.load import chat_format_of_weights, open_weights, tokenizer_of
+from llama_jax.mesh import resolve_mesh
+from llama_jax.sharding import make_mesh, sharding
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.restoring import initial_params, restore
+from llama_jax.training.saving import Retention, Saver
+from llama_jax.training.state import StateForm, TrainState, init_state, trained_axes
+from llama_jax.training.step import StepConfig, make_eval_step, make_train_step
+from llama_jax.training.stored import state_layout
+from train.recipe import Recipe, changed
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that the loop needs.
+
+    Attributes:
+        step_config, form: how a step computes, what a state is made of.
+        dataset, held_out: rows to train on, and of each held-out set by its name.
+        state: before step first_step + 1.
+        steps: in all.
+    """
+
+    recipe: Recipe
+    workdir: epath.Path
+    cfg: ModelConfig
+    step_config: StepConfig
+    form: StateForm
+    mesh: Mesh
+    tokenizer: Tokenizer | None
+    chat_format: str
+    dataset: PackedDataset
+    held_out: Mapping[str, PackedDataset]
+    steps: int
+    saver: Saver
+    state: TrainState
+    first_step: int
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """Batches on the mesh, from that of step + 1 on."""
+        run = self.recipe.run
+        rows, place = _own_rows(self.mesh, run.batch_size, run.length)
+        numbers = train_batches(
+            self.dataset,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            start_step=step,
+            rows=rows,
+            prefetch=self.recipe.data.prefetch,
+        )
+        with contextlib.closing(numbers):
+            for batch in numbers:
+                yield place(batch)
+
+    def held_out_batches(self, dataset: PackedDataset) -> Iterator[Batch]:
+        run = self.recipe.run
+        rows, place = _own_rows(self.mesh, run.batch_size, run.length)
+        for i, batch in enumerate(eval_batches(dataset, run.batch_size, rows)):
+            if i == self.recipe.eval.batches > 0:
+                return
+            yield place(batch)
+
+    def documents(self, step: int) -> list[str]:
+        """FILE:RECORD of everything in the batch that made this step."""
+        rows = batch_rows(self.dataset, step - 1, self.recipe.run.batch_size, self.recipe.run.seed)
+        return list(dict.fromkeys(name for row in rows for name in self.dataset.documents_of(int(row))))
+
+
+def prepare(recipe: Recipe, workdir: epath.Path, command: str, devices: Sequence[jax.Device] | None = None) -> Run:
+    """Opens everything; a WORKDIR that holds a checkpoint of this recipe goes on from its newest.
+
+    Args:
+        devices: to spread the model over; all there are when not given.
+
+    Raises:
+        LlamaError: something the recipe names is missing, does not fit together, or is not what WORKDIR was begun with.
+    """
+    opened = open_weights(recipe.init_from) if recipe.init_from else None
+    cfg = changed(opened.config, recipe.model) if opened else ModelConfig(**recipe.model)
+    run = recipe.run
+    if run.length > cfg.max_length:
+        raise LlamaError(
+            ExitCode.BAD_CONFIG,
+            f"train.length is {run.length:,} and the model's context {cfg.max_length:,}: shorten it, or raise model.max_length",
+        )
+    shape = resolve_mesh(cfg, recipe.mesh, len(devices or jax.devices()), batch_size=run.batch_size // recipe.step.accumulate)
+    mesh = make_mesh(shape, devices)
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    scan = on_tpu if recipe.scan_layers is None else recipe.scan_layers
+    step_config = dataclasses.replace(recipe.step, scan_layers=scan)
+    form = step_config.form(recipe.lora, recipe.base_dtype, recipe.quantize)
+    tokenizer, files = _tokenizer(recipe, opened, workdir)
+    chat_format = recipe.data.chat_format or (chat_format_of_weights(opened, tokenizer) if opened else "")
+    open_data = functools.partial(_open_data, recipe, cfg, tokenizer, chat_format, workdir)
+    dataset = open_data(recipe.data.train)
+    held_out = {name: open_data(pattern) for name, pattern in _held_out(recipe.data).items()}
+    steps = run.steps or max(1, round(run.epochs * len(dataset) / run.batch_size))
+    optimizer = make_optimizer(dataclasses.replace(recipe.optimizer, total_steps=steps), trained_axes(cfg, form))
+    layout = state_layout(cfg, optimizer, form, mesh=mesh)
+    identity = _identity(recipe, dataset, steps)
+    saver = Saver(
+        workdir,
+        layout,
+        Retention(recipe.save.keep, recipe.save.keep_every, recipe.save.keep_best),
+        identity=identity,
+        tokenizer_files=files,
+        chat_format=chat_format,
+        source={"kind": "trained", "path": recipe.init_from or "random parameters", "files": []},
+        command=command,
+        adapter=adapter_record(recipe.lora, opened) if recipe.lora.rank else None,
+    )
+    going_on = saver.latest() is not None
+    if going_on:
+        base = initial_params(opened, cfg, form, mesh=mesh) if recipe.lora.rank else None
+        state, _ = restore(workdir, layout, identity=identity, base=base)
+    else:
+        params = initial_params(opened, cfg, form, mesh=mesh) if opened else None
+        state = init_state(cfg, optimizer, jax.random.key(run.seed), form, mesh=mesh, params=params)
+    kind = dict(lora=recipe.lora, base_dtype=recipe.base_dtype, quantize=recipe.quantize)
+    return Run(
+        recipe=recipe,
+        workdir=workdir,
+        cfg=cfg,
+        step_config=step_config,
+        form=form,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        chat_format=chat_format,
+        dataset=dataset,
+        held_out=held_out,
+        steps=steps,
+        saver=saver,
+        state=state,
+        first_step=int(state.step),
+        train_step=make_train_step(cfg, step_config, optimizer, mesh, **kind),
+        eval_step=make_eval_step(cfg, step_config, mesh, **kind),
+    )
+
+
+def _identity(recipe: Recipe, dataset: PackedDataset, steps: int) -> dict[str, Any]:
+    """What a run that goes on must have as it was: all that decides which numbers come out."""
+    names = ("batch_size", "length", "seed")
+    found = {f"train.{name}": getattr(recipe.run, name) for name in names} | {"train.steps": steps}
+    found |= {f"train.{name}": getattr(recipe.step, name) for name in ("dtype", "z_loss", "ema_decay", "freeze")}
+    for group, values in (("optimizer", recipe.optimizer), ("lora", recipe.lora)):
+        found |= {f"{group}.{name}": value for name, value in dataclasses.asdict(values).items() if name != "total_steps"}
+    return found | {"the data (files, packing, tokenizer)": dataset.fingerprint}
+
+
+def _tokenizer(
+    recipe: Recipe, opened: Checkpoint | Source | None, workdir: epath.Path
+) -> tuple[Tokenizer | None, Sequence[Path]]:
+    """The tokenizer, and its files, which go into every checkpoint."""
+    if recipe.tokenizer:
+        tokenizer = load_tokenizer(recipe.tokenizer)
+        return tokenizer, tokenizer.files()
+    if opened is None:
+        raise LlamaError(
+            ExitCode.BAD_TOKENIZER, "there is no tokenizer: --config.tokenizer=FILE names one (a tokenizer.model, a folder)"
+        )
+    tokenizer = tokenizer_of(opened)
+    if tokenizer is None:
+        raise LlamaError(ExitCode.BAD_TOKENIZER, f"{recipe.init_from} has no tokenizer: --config.tokenizer=FILE names one")
+    if isinstance(opened, Checkpoint):
+        return tokenizer, [opened.path / name for name in opened.tokenizer]
+    return tokenizer, tokenizer.files()
+
+
+def _open_data(
+    recipe: Recipe, cfg: ModelConfig, tokenizer: Tokenizer, chat_format: str, workdir: epath.Path, sources: str
+) -> PackedDataset:
+    """Rows of sources; the first process tokenises and packs, what the others then find."""
+
+    def opened() -> PackedDataset:
+        return open_dataset(
+            sources,
+            dataclasses.replace(recipe.data, chat_format=chat_format),
+            tokenizer,
+            length=recipe.run.length,
+            seed=recipe.run.seed,
+            cache=recipe.data.cache or workdir / "data",
+            vocab_size=cfg.vocab_size,
+        )
+
+    dataset = opened() if distributed.is_main() else None
+    distributed.broadcast(None)
+    return dataset or opened()
+
+
+def _held_out(data: DataConfig) -> dict[str, str]:
+    """Patterns of the held-out sets by names: those of their files."""
+    entries = parse_sources(data.eval) if data.eval else []
+    names = [epath.Path(entry.pattern).name.partition(".")[0] or entry.pattern for entry in entries]
+    if len(set(names)) < len(names):
+        names = [entry.pattern for entry in entries]
+    return dict(zip(names, (entry.pattern for entry in entries), strict=True))
+
+
+def _own_rows(mesh: Mesh, batch_size: int, length: int) -> tuple[slice, Callable[[Batch], Batch]]:
+    """Which rows of a batch this process needs, and what puts them where its devices have them."""
+    shape = (batch_size, length)
+    place = sharding(mesh, BATCH_AXES.tokens, shape)
+    parts = [index[0].indices(batch_size)[:2] for index in place.addressable_devices_indices_map(shape).values()]
+    first, last = min(begin for begin, _ in parts), max(end for _, end in parts)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(batch_size)
+            return rows[begin - first : end - first]
+
+        return jax.make_array_from_callback(shape, place, part)
+
+    return slice(first, last), lambda batch: Batch(*map(put, batch))

@@ -62,14 +62,16 @@ class Part:
 
     def __init__(self, name: str, documents: Documents, index: Index, counts: dict[str, int], fingerprint: str):
         self.name, self.documents, self.index, self.counts, self.fingerprint = name, documents, index, counts, fingerprint
-        self._pieces = index.pieces
+
+    def pieces(self, row: int) -> list[list[int]]:
+        """[document, start, end] of what the row holds."""
+        return self.index.pieces[self.index.rows[row] : self.index.rows[row + 1]].tolist()
 
     def fill(self, row: int, batch: Batch, b: int) -> None:
         """Writes a row into row b of arrays that hold zeros."""
         tokens, targets, weights, positions, segments = batch
         at = 0
-        pieces = self._pieces[self.index.rows[row] : self.index.rows[row + 1]].tolist()
-        for segment, (document, start, end) in enumerate(pieces, 1):
+        for segment, (document, start, end) in enumerate(self.pieces(row), 1):
             shard, first, last = self.documents.place(document)
             n = end - start
             known = min(n, last - first - start - 1)  # tokens that another token of the document follows
@@ -130,16 +132,19 @@ class PackedDataset:
         batch = Batch(tokens, targets, np.zeros(shape, np.float32), positions, segments)
         for b, number in enumerate(numbers):
             if number >= 0:
-                part = int(np.searchsorted(self._offsets, number, "right")) - 1
-                self._parts[part].fill(int(number - self._offsets[part]), batch, b)
+                part, row = self._find(int(number))
+                part.fill(row, batch, b)
         return batch
 
     def documents_of(self, i: int) -> list[str]:
         """Where the documents of row i come from: `FILE:RECORD`, records (lines) counted from 1."""
-        part = self._parts[int(np.searchsorted(self._offsets, i, "right")) - 1]
-        first = int(self._offsets[self._parts.index(part)])
-        start, end = part.index.rows[i - first], part.index.rows[i - first + 1]
-        return [part.documents.name(document) for document in part.index.pieces[start:end, 0].tolist()]
+        part, row = self._find(i)
+        return [part.documents.name(document) for document, _, _ in part.pieces(row)]
+
+    def _find(self, i: int) -> tuple["Part", int]:
+        """The part that row i belongs to, and its number there."""
+        p = int(np.searchsorted(self._offsets, i, "right")) - 1
+        return self._parts[p], i - int(self._offsets[p])
 
     def stream_rows(self, places: np.ndarray, seed: int) -> np.ndarray:
         """The rows at these places of the endless stream, in which every source is shuffled anew for each of its epochs."""

@@ -18,7 +18,7 @@ from etils import epath
 
 from llama_jax.data.dataset import PackedDataset, Part
 from llama_jax.data.packing import LONG_DOCUMENTS, PACKINGS, load_index, pack, save_index
-from llama_jax.data.prepare import ON_BAD_RECORD, check_request, prepare, request_digest
+from llama_jax.data.prepare import ON_BAD_RECORD, Job, check_request, prepare_units, request_digest
 from llama_jax.data.sources import Entry, parse_sources, plan_units
 from llama_jax.data.store import MANIFEST, Documents, TokenStore, is_token_folder, write_whole
 from llama_jax.errors import ExitCode, LlamaError
@@ -132,16 +132,9 @@ def _open_tokens(entry: Entry, config: DataConfig, tokenizer: Tokenizer, cache: 
             )
         return store
     units = plan_units(entry.pattern)
-    digest = request_digest(units, tokenizer, config.chat_format, config.on_bad_record)
-    return prepare(
-        [entry.pattern],
-        tokenizer,
-        cache / f"tokens-{digest[:24]}",
-        chat_format=config.chat_format,
-        on_bad_record=config.on_bad_record,
-        workers=config.workers,
-        command="cache of " + entry.pattern,
-    )
+    job = Job(tokenizer, config.chat_format, config.on_bad_record, cache)
+    job = dataclasses.replace(job, folder=cache / f"tokens-{request_digest(units, job)[:24]}")
+    return prepare_units(units, job, config.workers, "cache of " + entry.pattern)
 
 
 def _copy(folder: epath.Path, cache: Path) -> Path:
@@ -149,10 +142,8 @@ def _copy(folder: epath.Path, cache: Path) -> Path:
     content = json.loads((folder / MANIFEST).read_bytes())["content"]
     copy = cache / f"copy-{content[:24]}"
     copy.mkdir(parents=True, exist_ok=True)
-    names = sorted(
-        (file.name for file in folder.iterdir() if file.suffix in (".bin", ".json")), key=lambda n: n == "manifest.json"
-    )
-    for name in names:
+    names = [file.name for file in folder.iterdir() if file.suffix in (".bin", ".json")]
+    for name in sorted(names, key=lambda name: name == MANIFEST):
         if not (copy / name).exists():
             write_whole(copy / name, (folder / name).read_bytes())
     return copy
@@ -182,10 +173,8 @@ def _open_part(
             "model's",
         )
     window = config.window if config.packing == "best_fit" else 0
-    settings = [length, seed, config.packing, window, config.long_documents]
-    digest = hashlib.sha256(
-        json.dumps([INDEX_VERSION, [store.fingerprint for store in stores], *settings]).encode()
-    ).hexdigest()
+    settings = [INDEX_VERSION, length, seed, config.packing, window, config.long_documents]
+    digest = hashlib.sha256(json.dumps([settings, [store.fingerprint for store in stores]]).encode()).hexdigest()
     folder = cache / f"index-{digest[:24]}"
     if (found := load_index(folder)) is None:
         lengths, counts = limit(documents, length, config.long_documents)

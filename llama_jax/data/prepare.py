@@ -89,23 +89,27 @@ def prepare(
         output: a folder on a disk; several processes may be given the same one, each then does the work.
         chat_format: a name of llama_jax.text.chat.FORMATS, for records with messages.
         on_bad_record: error (the first ends it, with its place) | skip (they are counted).
-        workers: processes; 0 for as many as there are CPUs.
+        workers: processes; 0 for as many as there are CPUs, if there is work for them.
         unit_bytes: of a file that one process reads at a time, and one shard holds.
 
     Raises:
         LlamaError: a source is not there, a record is bad, the output holds something else, the disk is full.
     """
-    folder = Path(output)
     check_request(tokenizer, chat_format, on_bad_record)
     units = [unit for pattern in patterns for unit in plan_units(pattern, unit_bytes=unit_bytes)]
-    digest = request_digest(units, tokenizer, chat_format, on_bad_record)
+    job = Job(tokenizer, chat_format, on_bad_record, Path(output))
+    return prepare_units(units, job, workers, command)
+
+
+def prepare_units(units: Sequence[Unit], job: Job, workers: int, command: str) -> TokenStore:
+    """`prepare`, of units that are known already."""
+    folder, digest = job.folder, request_digest(units, job)
     _claim(folder, digest)
-    job = Job(tokenizer, chat_format, on_bad_record, folder)
     todo = [i for i in range(len(units)) if _finished(folder, i) is None]
     if todo or read_json(folder / MANIFEST) is None:
-        _run(job, units, todo, workers or os.cpu_count() or 1)
+        _run(job, units, todo, workers or _enough_workers([units[i] for i in todo]))
         shards = _numbered(units, [_finished(folder, i) for i in range(len(units))])
-        manifest = _manifest(shards, tokenizer, chat_format, digest, command)
+        manifest = _manifest(shards, job, digest, command)
         write_json(folder / MANIFEST, {**manifest, "statistics": statistics_of(TokenStore(folder, manifest))})
     return TokenStore.open(folder)
 
@@ -120,10 +124,10 @@ def check_request(tokenizer: Tokenizer, chat_format: str, on_bad_record: str) ->
     assert tokenizer.fingerprint, "a tokenizer from load_tokenizer"
 
 
-def request_digest(units: Sequence[Unit], tokenizer: Tokenizer, chat_format: str, on_bad_record: str) -> str:
+def request_digest(units: Sequence[Unit], job: Job) -> str:
     """Hash of all that decides what is written."""
-    request = [VERSION, [dataclasses.astuple(unit) for unit in units], tokenizer.fingerprint, chat_format, on_bad_record]
-    return hashlib.sha256(json.dumps(request).encode()).hexdigest()
+    settings = [VERSION, job.tokenizer.fingerprint, job.chat_format, job.on_bad_record]
+    return hashlib.sha256(json.dumps([settings, [dataclasses.astuple(unit) for unit in units]]).encode()).hexdigest()
 
 
 def statistics_of(store: TokenStore) -> dict[str, Any]:
@@ -214,6 +218,12 @@ def _work(i: int, unit: Unit) -> dict[str, Any]:
     return tokenize_unit(_job, i, unit)
 
 
+def _enough_workers(units: Sequence[Unit]) -> int:
+    """One for each CPU, and for each 8 MiB: a process takes seconds to start."""
+    nbytes = sum(min(u.end - u.start, UNIT_BYTES) if u.kind in (LINES, TEXT) else UNIT_BYTES for u in units)
+    return max(1, min(os.cpu_count() or 1, nbytes // 2**23))
+
+
 def _run(job: Job, units: Sequence[Unit], todo: Sequence[int], workers: int) -> None:
     """Writes the shards that are left to do; of several errors, the one of the first unit is raised."""
     done = len(units) - len(todo)
@@ -253,13 +263,13 @@ def _numbered(units: Sequence[Unit], shards: Sequence[dict[str, Any]]) -> list[S
     return infos
 
 
-def _manifest(shards: Sequence[ShardInfo], tokenizer: Tokenizer, chat_format: str, digest: str, command: str) -> dict[str, Any]:
+def _manifest(shards: Sequence[ShardInfo], job: Job, digest: str, command: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "chat_format": chat_format,
+        "tokenizer": job.tokenizer.fingerprint,
+        "vocab_size": job.tokenizer.vocab_size,
+        "chat_format": job.chat_format,
         "request": digest,
         "content": hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest(),
         "command": command,

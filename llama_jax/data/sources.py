@@ -30,7 +30,7 @@ LINES, TEXT, PARQUET, HUB = "lines", "text", "parquet", "hub"
 KINDS = {".jsonl": LINES, ".ndjson": LINES, ".json": LINES, ".txt": TEXT, ".text": TEXT, ".md": TEXT, ".parquet": PARQUET}
 SEPARATORS = {LINES: b"\n", TEXT: b"<|endoftext|>"}
 HUB_NAME = re.compile(r"hf:(?P<name>[^:]+)(:(?P<config>[^:\[]+))?:(?P<split>[^:\[]+(\[.*\])?)")
-UNIT_BYTES = 64 * 2**20  # of a file that one process reads at a time
+UNIT_BYTES = 32 * 2**20  # of a file that one process reads at a time
 UNIT_RECORDS = 50_000  # of a dataset
 BLOCK_BYTES = 2**20
 COLUMNS = ("messages", "prompt", "completion", "text")  # what a record may hold
@@ -118,8 +118,8 @@ def plan_units(pattern: str, *, unit_bytes: int = UNIT_BYTES, unit_records: int 
         modified = path.stat().mtime if "://" in str(path) else os.stat(path).st_mtime_ns
         identity = f"{size} bytes, modified {modified}"
         if kind == PARQUET:
-            with path.open("rb") as file:
-                size, step = _pyarrow(path).ParquetFile(file).num_row_groups, 1
+            with _parquet(path) as table:
+                size, step = table.num_row_groups, 1
         elif path.suffix == ".gz":
             size = step = 2**62  # one unit: nothing but reading tells where a record begins
         units += [Unit(kind, str(path), start, min(start + step, size), identity) for start in range(0, size, step)]
@@ -145,9 +145,7 @@ def read_records(unit: Unit) -> Iterator[bytes | Mapping[str, Any]]:
         columns = [name for name in COLUMNS if name in dataset.column_names]
         yield from dataset.select_columns(columns or dataset.column_names).select(range(unit.start, unit.end))
     elif unit.kind == PARQUET:
-        path = epath.Path(unit.path)
-        with path.open("rb") as file:
-            table = _pyarrow(path).ParquetFile(file)
+        with _parquet(epath.Path(unit.path)) as table:
             columns = [name for name in COLUMNS if name in table.schema_arrow.names]
             yield from table.read_row_group(unit.start, columns or None).to_pylist()
     else:
@@ -184,10 +182,8 @@ def records_before(unit: Unit) -> int:
     if unit.kind == HUB:
         return unit.start
     if unit.kind == PARQUET:
-        path = epath.Path(unit.path)
-        with path.open("rb") as file:
-            metadata = _pyarrow(path).ParquetFile(file).metadata
-            return sum(metadata.row_group(i).num_rows for i in range(unit.start))
+        with _parquet(epath.Path(unit.path)) as table:
+            return sum(table.metadata.row_group(i).num_rows for i in range(unit.start))
     if unit.start == 0:
         return 0
     with _opened(unit) as file:
@@ -242,12 +238,18 @@ def _load_hub(pattern: str) -> Any:
         raise LlamaError(ExitCode.NO_DATA, f"{pattern} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from error
 
 
-def _pyarrow(path: epath.Path) -> Any:
+@contextlib.contextmanager
+def _parquet(path: epath.Path) -> Iterator[Any]:
+    """The ParquetFile of a path."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise _bad(f"{path} needs the package pyarrow: pip install 'llama_jax[data]'") from None
-    return pyarrow.parquet
+    with path.open("rb") as file:
+        try:
+            yield pyarrow.parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:  # ValueError: pyarrow's ArrowInvalid
+            raise LlamaError(ExitCode.NO_DATA, f"{path} cannot be read ({str(error)[:200]}): is the file whole?") from error
 
 
 def _bad(message: str) -> LlamaError:

@@ -1,5 +1,6 @@
 """Rows of a dataset against the records they were made of, and what is said about data that cannot be trained on."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -166,6 +167,17 @@ def test_a_damaged_cache_is_made_anew(tmp_path, tokenizer):
         if file.is_file() and file.name != "request.json":
             file.write_bytes(file.read_bytes()[:-3])
             assert documents_in(dataset_of(source, tokenizer, tmp_path / "cache")) == wanted, file.name
+
+
+def test_several_may_fill_one_cache_at_a_time(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "a.jsonl", texts(200))
+    wanted = dataset_of(source, tokenizer, tmp_path / "alone").fingerprint
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(dataset_of, source, tokenizer, tmp_path / "cache") for _ in range(4)]
+    assert {future.result().fingerprint for future in found} == {wanted}
+    assert sorted(file.name for file in (tmp_path / "cache").iterdir()) == sorted(
+        file.name for file in (tmp_path / "alone").iterdir()
+    )
 
 
 def test_a_prepared_folder_gives_the_rows_of_its_source(tmp_path, tokenizer, ranks):

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -176,6 +177,21 @@ def test_a_bad_record_is_named_or_counted(tmp_path, tokenizer, workers):
     assert store.manifest["statistics"]["documents"] == 98 and store.manifest["statistics"]["skipped"] == 2
     assert "line 41 is not valid JSON" in store.manifest["statistics"]["first_skipped"]
     assert Documents([store]).name(97) == f"{tmp_path}/a.jsonl:100"
+
+
+class Deadly:
+    """Stands for a tokenizer; the process that is sent it ends."""
+
+    fingerprint, vocab_size, chat_template = "f00d", 100, None
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_process_that_is_ended_from_outside_is_an_error_and_not_a_hang(source, tmp_path):
+    with pytest.raises(LlamaError, match=r"ended from outside \(no memory left\?\): run again with fewer workers") as error:
+        prepare([str(source)], Deadly(), tmp_path / "tokens", workers=2, unit_bytes=2000)
+    assert error.value.code == ExitCode.PEER_DIED
 
 
 def test_a_damaged_source_is_named(tmp_path, tokenizer):

@@ -186,7 +186,8 @@ class FakeTable:
     metadata = types.SimpleNamespace(row_group=lambda i: types.SimpleNamespace(num_rows=len(FakeTable.groups[i])))
 
     def __init__(self, file):
-        assert file.read(4) == b"PAR1"
+        if file.read(4) != b"PAR1":
+            raise ValueError("no magic bytes")
 
     def read_row_group(self, i, columns):
         rows = [{name: row[name] for name in columns or row} for row in self.groups[i]]
@@ -205,6 +206,9 @@ def test_parquet_is_read_by_row_group(tmp_path, monkeypatch):
     assert [records_before(unit) for unit in units] == [0, 2]
     records = [parse_record(unit.kind, raw) for unit in units for raw in read_records(unit)]
     assert records == [{"text": "a"}, {}, {"text": "c"}]
+    (tmp_path / "b.parquet").write_bytes(b"none")
+    with pytest.raises(LlamaError, match=r"b\.parquet cannot be read \(no magic bytes\): is the file whole\?"):
+        plan_units(str(tmp_path / "b.parquet"))
 
 
 class FakeDataset:

@@ -2,10 +2,18 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import PRESETS
 from llama_jax.mesh import MeshShape, cache_heads
+from llama_jax.ops.attention import attend_causal
+from llama_jax.plan.compile import compiler_devices
+from llama_jax.plan.hlo import instructions
+from llama_jax.plan.topology import parse_topology
 from tests.aot.cases import compiled, copies
 
 pytest.importorskip("libtpu", reason="libtpu is not installed; make test-aot installs it")
@@ -72,3 +80,18 @@ def test_training(model, topology, mesh, batch):
     assert not held  # logits of all tokens
     assert any(i.opcode == "custom-call" and "splash" in i.name for i in program)
     assert report.alias_bytes > 0.99 * report.argument_bytes  # the old state's memory is the new one's
+
+
+@pytest.mark.parametrize("precision", ["highest", "float32"])
+def test_attention_compiles_at_whatever_precision_the_user_set(precision):
+    """XLA:TPU has no kernel that multiplies bfloat16 at another than its own."""
+    devices, _ = compiler_devices(parse_topology("v5e-1"))
+    where = NamedSharding(Mesh(np.array(devices[:1]), "x"), PartitionSpec())
+    x, ids = (jax.ShapeDtypeStruct(*a, sharding=where) for a in (((1, 256, 2, 64), jnp.bfloat16), ((1, 256), jnp.int32)))
+
+    def gradients(q, k, v, ids):
+        return jax.grad(lambda *a: jnp.sum(attend_causal(*a, ids).astype(jnp.float32)), argnums=(0, 1, 2))(q, k, v)
+
+    with jax.default_matmul_precision(precision):
+        text = jax.jit(gradients).lower(x, x, x, ids).compile().as_text()
+    assert sum(i.opcode == "custom-call" and "splash" in i.name for i in instructions(text)) == 3

@@ -1,8 +1,8 @@
 """Attention of whole sequences on TPUs: jax's splash attention, which never holds the scores (Dao et al. 2022,
 arXiv:2205.14135) and skips the blocks that no query may see."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,10 @@ def attend_splash(q: Array, k: Array, v: Array, segment_ids: Array | None, *, in
         q: [B, T, N, H]; k, v: [B, T, K, H]; segment_ids: [B, T] or None.
         interpret: run it in JAX operations (for tests on a CPU).
     """
+    return _at_default_precision(functools.partial(_attend, interpret=interpret))(q, k, v, segment_ids)
+
+
+def _attend(q: Array, k: Array, v: Array, segment_ids: Array | None, *, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
         CausalMask,
@@ -46,23 +50,25 @@ def attend_splash(q: Array, k: Array, v: Array, segment_ids: Array | None, *, in
     )
     q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    segments = None if segment_ids is None else SegmentIds(segment_ids, segment_ids)
-    out = _at_default_precision(jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0)))(q, k, v, segments)
+    if segment_ids is None:
+        out = jax.vmap(kernel)(q, k, v)
+    else:
+        out = jax.vmap(kernel)(q, k, v, SegmentIds(segment_ids, segment_ids))
     return checkpoint_name(out.swapaxes(1, 2), "attention").astype(v.dtype)
 
 
-def _at_default_precision(kernel: Callable) -> Callable:
-    """kernel(q, k, v, segments) and its gradients, whatever jax_default_matmul_precision says: XLA:TPU compiles no kernel that
-    multiplies bfloat16 at another."""
+def _at_default_precision(attend: Callable) -> Callable:
+    """attend(q, k, v, segment_ids) and its gradients, whatever jax_default_matmul_precision says: XLA:TPU compiles no kernel
+    that multiplies bfloat16 at another."""
 
     @jax.custom_vjp
-    def run(q: Array, k: Array, v: Array, segments: Any) -> Array:
+    def run(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
         with jax.default_matmul_precision("default"):
-            return kernel(q, k, v, segments)
+            return attend(q, k, v, segment_ids)
 
-    def forward(q: Array, k: Array, v: Array, segments: Any) -> tuple[Array, Callable]:
+    def forward(q: Array, k: Array, v: Array, segment_ids: Array | None) -> tuple[Array, Callable]:
         with jax.default_matmul_precision("default"):
-            return jax.vjp(lambda *qkv: kernel(*qkv, segments), q, k, v)
+            return jax.vjp(lambda *qkv: attend(*qkv, segment_ids), q, k, v)
 
     def backward(pull: Callable, d_out: Array) -> tuple[Array, Array, Array, None]:
         with jax.default_matmul_precision("default"):

@@ -1,25 +1,34 @@
-"""A checkpoint of ours -> files that Hugging Face's transformers loads unchanged.
+"""A checkpoint of ours -> files that Hugging Face's transformers loads unchanged; an adapter -> files that its peft loads.
 
     python -m llama_jax.export --checkpoint checkpoints/llama-2-7b --output llama-2-7b-hf
+    python -m llama_jax.export --checkpoint runs/lora --output llama-2-7b-lora
+    python -m llama_jax.export --checkpoint runs/lora --merge --output llama-2-7b-tuned
 
 Writes safetensors (with an index when there are several), config.json, generation_config.json and the tokenizer. Our weights
-already have Hugging Face's orientation and RoPE convention, so that every tensor goes out byte for byte.
+already have Hugging Face's orientation and RoPE convention, so that every tensor goes out byte for byte. Of a LoRA run the
+adapter is written (adapter_model.safetensors, adapter_config.json, the tokenizer), or with --merge the model that it and its
+base are together, in the base's dtype.
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from llama_jax.checkpoint.adapter import stored_adapter
 from llama_jax.checkpoint.huggingface_writer import SHARD_BYTES, write_huggingface
+from llama_jax.checkpoint.peft import write_peft
 from llama_jax.checkpoint.store import Checkpoint
 from llama_jax.config_files import to_huggingface
 from llama_jax.errors import ExitCode, LlamaError, run_command
+from llama_jax.generation.load import open_weights
 from llama_jax.text.chat import stop_ids
 from llama_jax.text.hf_export import write_tokenizer
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -31,21 +40,51 @@ def export(checkpoint: Checkpoint, output: str | Path, shard_bytes: int = SHARD_
     Raises:
         LlamaError: the output exists and is not empty. Whatever was begun is removed, on any error.
     """
+    with _new(output) as folder:
+        _write_weights(checkpoint, folder, shard_bytes)
+        tokenizer = _write_tokenizer(checkpoint, folder)
+        _write_generation_config(checkpoint, tokenizer, folder)
+        ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id) if tokenizer else {}
+        _write_json(folder / "config.json", to_huggingface(checkpoint.config) | {"torch_dtype": checkpoint.dtype.name} | ids)
+
+
+def export_adapter(checkpoint: Checkpoint, output: str | Path, base_model: str = "") -> None:
+    """Writes a LoRA run's adapter as a folder of PEFT's.
+
+    Args:
+        base_model: name or folder by which transformers finds the base; the one it was trained on when that was Hugging Face's.
+
+    Raises:
+        LlamaError: as for `export`.
+    """
+    weights = stored_adapter(checkpoint)
+    recorded = checkpoint.adapter["base"]
+    base_model = base_model or (recorded if (Path(recorded) / "config.json").exists() else "")
+    with _new(output) as folder:
+        write_peft(folder, checkpoint.config, weights, base_model)
+        _write_tokenizer(checkpoint, folder)
+
+
+@contextlib.contextmanager
+def _new(output: str | Path) -> Iterator[Path]:
+    """A directory to write into; removed again, with what was begun, on any error."""
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise LlamaError(ExitCode.OUTPUT_EXISTS, f"{output} exists and is not empty: give the name of a new or empty directory")
-    tokenizer = load_tokenizer(Path(checkpoint.path)) if checkpoint.tokenizer else None
     output.mkdir(parents=True, exist_ok=True)
     try:
-        _write_weights(checkpoint, output, shard_bytes)
-        if tokenizer:
-            write_tokenizer(tokenizer, output, chat_format=checkpoint.chat_format, max_length=checkpoint.config.max_length)
-        _write_generation_config(checkpoint, tokenizer, output)
-        ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id) if tokenizer else {}
-        _write_json(output / "config.json", to_huggingface(checkpoint.config) | {"torch_dtype": checkpoint.dtype.name} | ids)
+        yield output
     except BaseException:
         shutil.rmtree(output)
         raise
+
+
+def _write_tokenizer(checkpoint: Checkpoint, output: Path) -> Tokenizer | None:
+    if not checkpoint.tokenizer:
+        return None
+    tokenizer = load_tokenizer(Path(checkpoint.path))
+    write_tokenizer(tokenizer, output, chat_format=checkpoint.chat_format, max_length=checkpoint.config.max_length)
+    return tokenizer
 
 
 def _write_weights(checkpoint: Checkpoint, output: Path, shard_bytes: int) -> None:
@@ -85,8 +124,17 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--output", required=True, help="directory to make")
+    parser.add_argument("--merge", action="store_true", help="of a LoRA run: the adapted model instead of the adapter")
+    parser.add_argument("--adapter", default="", help="added to the checkpoint: of a LoRA run, or a folder of PEFT's")
+    parser.add_argument("--base-model", default="", help="of a LoRA run: the base's name, for adapter_config.json")
     args = parser.parse_args()
-    export(Checkpoint.open(args.checkpoint), args.output)
+    checkpoint = Checkpoint.open(args.checkpoint)
+    if checkpoint.adapter is not None and not args.merge and not args.adapter:
+        export_adapter(checkpoint, args.output, args.base_model)
+    elif args.adapter or checkpoint.adapter is not None:
+        export(open_weights(args.checkpoint, args.adapter), args.output)
+    else:
+        export(checkpoint, args.output)
     print(f"wrote {args.output}", file=sys.stderr)
 
 

@@ -6,19 +6,22 @@ python -m llama_jax.inspect --checkpoint checkpoints/llama-2-7b
 import argparse
 import dataclasses
 
+import jax
+
+from llama_jax.checkpoint.adapter import lora_config
 from llama_jax.checkpoint.store import Checkpoint
 from llama_jax.config import PRESETS
 from llama_jax.errors import run_command
+from llama_jax.model import adapter_shapes
 
 
 def describe(checkpoint: Checkpoint) -> str:
     """Lines of text: path, model, source, and what made it."""
     config, source = checkpoint.config, checkpoint.source
     same = [name for name, preset in PRESETS.items() if preset == config]
-    size = config.num_params * checkpoint.dtype.itemsize
     lines = [
         f"checkpoint   {checkpoint.path}",
-        f"parameters   {config.num_params:,} in {checkpoint.dtype}, {size / 1e9:.2f} GB",
+        *_parameters(checkpoint),
         f"published as {', '.join(same) or '-'}",
         f"chat format  {checkpoint.chat_format or '- (a base model)'}",
         f"tokenizer    {', '.join(checkpoint.tokenizer) or '-'}",
@@ -29,6 +32,21 @@ def describe(checkpoint: Checkpoint) -> str:
         *(f"  {name:24}{value}" for name, value in dataclasses.asdict(config).items()),
     ]
     return "\n".join(lines)
+
+
+def _parameters(checkpoint: Checkpoint) -> list[str]:
+    """Of a model; or what an adapter is, and of which base."""
+    num_params = checkpoint.config.num_params
+    if checkpoint.adapter is None:
+        return [f"parameters   {num_params:,} in {checkpoint.dtype}, {num_params * checkpoint.dtype.itemsize / 1e9:.2f} GB"]
+    lora = lora_config(checkpoint)
+    kind = ("DoRA" if lora.dora else "LoRA") + (", rank-stabilised" if lora.rslora else "")
+    size = sum(leaf.size for leaf in jax.tree.leaves(adapter_shapes(checkpoint.config, lora, scan=True)))
+    return [
+        f"adapter      {kind}, rank {lora.rank}, alpha {lora.alpha:g}, of {', '.join(lora.targets)}",
+        f"parameters   {size:,} in {checkpoint.dtype}, beside the {num_params:,} of its base",
+        f"base         {checkpoint.adapter['base']}",
+    ]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: `DIR/{checkpoint.json, tokenizer files, params/}`.
+"""Checkpoints on disk: `DIR/{checkpoint.json, tokenizer files, params/}`; of a LoRA run, adapter/ in the place of params/.
 
 `params/` is an Orbax checkpoint with one array per layer per weight, zarr3, uncompressed, in chunks cut along the axes that
 meshes shard (llama_jax.sharding): any Orbax restores it, and a device that holds an eighth of an array reads little more than
@@ -23,6 +23,7 @@ from llama_jax.sharding import RULES
 FORMAT, VERSION = "llama_jax checkpoint", 1
 MANIFEST = "checkpoint.json"
 STEPS = "checkpoints"
+ADAPTER = "adapter"
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, None) or name) for name in ("bfloat16", "float16", "float32", "float64")}
 MIN_CHUNK_BYTES = 256 * 2**10
 PIECES = 8
@@ -40,6 +41,8 @@ class Checkpoint:
         tokenizer: names of the tokenizer files in the directory; empty when the source had none.
         source: kind, path and files (name, bytes, sha256) of what it was converted from.
         command: what made it.
+        adapter: of a checkpoint that holds an adapter and no model: its LoraConfig, and `base` (path) and `base_fingerprint` of
+            the weights it belongs to (llama_jax.checkpoint.adapter).
     """
 
     path: epath.Path
@@ -49,6 +52,7 @@ class Checkpoint:
     tokenizer: tuple[str, ...]
     source: Mapping[str, Any]
     command: str
+    adapter: Mapping[str, Any] | None = None
 
     @classmethod
     def open(cls, path: epath.PathLike) -> "Checkpoint":
@@ -79,6 +83,7 @@ class Checkpoint:
             tokenizer=tuple(manifest["tokenizer"]),
             source=manifest["source"],
             command=manifest["command"],
+            adapter=manifest.get("adapter"),
         )
 
     def manifest(self) -> dict[str, Any]:
@@ -92,9 +97,21 @@ class Checkpoint:
             "tokenizer": list(self.tokenizer),
             "source": dict(self.source),
             "command": self.command,
+            **({} if self.adapter is None else {"adapter": dict(self.adapter)}),
         }
 
     def arrays(self) -> "ArrayReader":
+        """The model's.
+
+        Raises:
+            LlamaError: there is none, only an adapter.
+        """
+        if self.adapter is not None:
+            raise LlamaError(
+                ExitCode.NOT_A_CHECKPOINT,
+                f"{self.path} holds an adapter and no model (its base is {self.adapter['base']}): "
+                "python -m llama_jax.export --merge makes one of them",
+            )
         return ArrayReader(self.path / "params")
 
 

@@ -10,7 +10,9 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from llama_jax.checkpoint.adapter import adapted, check_base, stored_adapter
 from llama_jax.checkpoint.load import load_params
+from llama_jax.checkpoint.peft import is_peft, read_peft
 from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.config import ModelConfig
@@ -35,6 +37,7 @@ def load(
     max_length: int = 0,
     tokenizer: str | Path | None = None,
     batch_size: int = 16,
+    adapter: epath.PathLike = "",
 ) -> Llama:
     """Loads a checkpoint onto the default device, or spread over a mesh of all devices of all processes.
 
@@ -51,11 +54,13 @@ def load(
         max_length: tokens of prompt and answer together; the model's context when 0.
         tokenizer: its file or folder, when the checkpoint has none.
         batch_size: the most sequences generated at once; more wait their turn.
+        adapter: of a LoRA run (WORKDIR or one of its checkpoints, which by itself is loaded over its own base), or a folder of
+            PEFT's: added to the weights as they are read.
 
     Raises:
         LlamaError: there is no complete checkpoint, or a setting is out of range.
     """
-    opened = open_weights(checkpoint)
+    opened = open_weights(checkpoint, adapter)
     if dtype == "auto":
         dtype = {"float16": "bfloat16", "float64": "float32"}.get(opened.dtype.name, opened.dtype.name)
     if dtype not in COMPUTE_DTYPES:
@@ -84,20 +89,59 @@ def load(
     )
 
 
-def open_weights(path: epath.PathLike) -> Checkpoint | Source:
-    """A checkpoint, or weights of somebody else's that have not been converted."""
+def open_weights(path: epath.PathLike, adapter: epath.PathLike = "") -> Checkpoint | Source:
+    """A checkpoint, or weights of somebody else's that have not been converted; with an adapter, what both are together.
+
+    Args:
+        path: of a model, or of a LoRA run, which says what its base is.
+        adapter: "", or as for `load`.
+
+    Raises:
+        LlamaError: there is nothing, or an adapter belongs to another base.
+    """
+    if adapter:
+        return _over(open_weights(path), adapter)
     try:
-        return Checkpoint.open(path)
+        checkpoint = Checkpoint.open(path)
     except LlamaError as error:
         if error.code != ExitCode.NOT_A_CHECKPOINT or "://" in str(path):
             raise
         try:
             source = open_source(Path(path))
         except LlamaError as found:
+            if is_peft(path):
+                raise LlamaError(
+                    error.code, f"{path} is an adapter: give its base as the checkpoint, and it as adapter"
+                ) from None
             raise (error if found.code == ExitCode.NO_WEIGHTS else found) from None
-    for line in source.notes:
-        note(line)
-    return source
+        for line in source.notes:
+            note(line)
+        return source
+    return checkpoint if checkpoint.adapter is None else _over_its_base(checkpoint)
+
+
+def _over(base: Checkpoint | Source, path: epath.PathLike) -> Checkpoint | Source:
+    """A base with any adapter that fits; another base than it was trained on is worth a warning."""
+    if is_peft(path):
+        return adapted(base, read_peft(Path(path), base.config))
+    checkpoint = Checkpoint.open(path)
+    weights = stored_adapter(checkpoint)
+    if wrong := check_base(checkpoint, base):
+        note(f"warning: {wrong}")
+    return adapted(base, weights, checkpoint)
+
+
+def _over_its_base(checkpoint: Checkpoint) -> Checkpoint | Source:
+    remedy = f"give the base as the checkpoint, and {checkpoint.path} as adapter"
+    try:
+        base = open_weights(checkpoint.adapter["base"])
+    except LlamaError as error:
+        raise LlamaError(
+            error.code, f"{checkpoint.path} is an adapter, and its base is not there ({error}): {remedy}"
+        ) from None
+    if wrong := check_base(checkpoint, base):
+        raise LlamaError(ExitCode.NOT_EQUAL, f"{wrong}, which was there: put that back, or {remedy}")
+    return adapted(base, stored_adapter(checkpoint), checkpoint)
 
 
 def tokenizer_of(opened: Checkpoint | Source, given: str | Path | None = None) -> Tokenizer | None:

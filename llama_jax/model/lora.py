@@ -5,6 +5,7 @@ or one dict of [L, ...] for scanned training. All float32; llama_jax.ops.lora ha
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -146,11 +147,19 @@ def _layer_keys(key: Array, num_layers: int) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_layers))
 
 
+@functools.cache
+def _weights(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and logical axes of a layer's weights; finding them traces the layer."""
+    shapes, axes = param_shapes(cfg)["layers"][0], param_axes(cfg)["layers"][0]
+    return {name: (shapes[name].shape, axes[name]) for name in TARGETS}
+
+
 def _layer(cfg: ModelConfig, lora: LoraConfig, leaf: Callable[[tuple[int, ...], tuple[str, ...]], Any]) -> dict[str, Any]:
     """leaf(shape, axes) of every array of a layer's adapter."""
-    shapes, axes, layer = param_shapes(cfg)["layers"][0], param_axes(cfg)["layers"][0], {}
+    weights, layer = _weights(cfg), {}
     for name in lora.targets if lora.rank else ():
-        shape, names, outputs = shapes[name].shape, axes[name], len(axes[name]) - NUM_INPUTS[name]
+        shape, names = weights[name]
+        outputs = len(names) - NUM_INPUTS[name]
         layer[name] = {
             "a": leaf((lora.rank, *shape[outputs:]), ("lora_rank", *names[outputs:])),
             "b": leaf((*shape[:outputs], lora.rank), (*names[:outputs], "lora_rank")),

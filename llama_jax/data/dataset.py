@@ -52,7 +52,7 @@ class Statistics:
             "bad records skipped": self.skipped,
             "documents longer than a row cut into several": self.split,
             "documents longer than a row truncated": self.truncated,
-            "documents dropped because they are longer than a row": self.dropped,
+            "documents dropped, longer than a row (or all that is learnt lies beyond it)": self.dropped,
         }
         return "; ".join([text, *(f"{count:,} {name}" for name, count in happened.items() if count)])
 

@@ -96,6 +96,8 @@ def prepare(
         LlamaError: a source is not there, a record is bad, the output holds something else, the disk is full.
     """
     check_request(tokenizer, chat_format, on_bad_record)
+    if "://" in str(output):
+        raise LlamaError(ExitCode.BAD_REQUEST, f"{output} is in a bucket: give a folder on a disk, and copy that afterwards")
     units = [unit for pattern in patterns for unit in plan_units(pattern, unit_bytes=unit_bytes)]
     job = Job(tokenizer, chat_format, on_bad_record, Path(output))
     return prepare_units(units, job, workers, command)

@@ -227,6 +227,11 @@ def test_settings_that_no_record_can_use_are_refused_at_once(tmp_path, tokenizer
         assert error.value.code == ExitCode.BAD_CONFIG
 
 
+def test_a_bucket_is_no_output(tokenizer):
+    with pytest.raises(LlamaError, match="gs://bucket/tokens is in a bucket: give a folder on a disk"):
+        prepare(["a.jsonl"], tokenizer, "gs://bucket/tokens")
+
+
 def test_tokens_of_large_vocabularies_are_kept(tmp_path, ranks, monkeypatch):
     monkeypatch.setattr(ranks, "vocab_size", 2**17)
     store = prepare([str(write_jsonl(tmp_path / "a.jsonl", texts(3)))], ranks, tmp_path / "tokens", workers=1)

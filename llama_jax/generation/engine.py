@@ -35,13 +35,15 @@ class Engine:
     Attributes:
         max_length: tokens a sequence may have, prompt and answer together.
         mesh: what the parameters lie on; None for one device. Every process of it makes the same calls.
+        kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
     """
 
-    def __init__(self, cfg: ModelConfig, params: Params, max_length: int, mesh: Mesh | None = None):
+    def __init__(self, cfg: ModelConfig, params: Params, max_length: int, mesh: Mesh | None = None, *, kernels: bool = True):
         self.cfg = cfg
         self.params = params
         self.max_length = max_length
         self.mesh = mesh
+        self.kernels = kernels
 
     def run(self, rows: Sequence[Row], halt: np.ndarray, pace_seconds: float | None = None) -> Iterator[Output]:
         """Continues all rows as one batch.
@@ -94,14 +96,14 @@ class Engine:
         T = len(tokens)
         padded, lengths = self._pad([tokens], self._batch(1))
         top = MAX_TOP_LOGPROBS if num_top else 0
-        output = self._on_mesh(programs.score, self.cfg, self.params, padded, lengths, num_top=top)
+        output = self._on_mesh(programs.score, self.cfg, self.params, padded, lengths, num_top=top, kernels=self.kernels)
         output = Output(*(np.asarray(part)[0, : T - 1] for part in output))
         return output._replace(top_ids=output.top_ids[:, :num_top], top_logprobs=output.top_logprobs[:, :num_top])
 
     def logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """[B, longest row, V] float32 of rows of tokens; after a row's end they mean nothing."""
         padded, lengths = self._pad(rows, self._batch(len(rows)))
-        found = self._on_mesh(programs.all_logits, self.cfg, self.params, padded, lengths)
+        found = self._on_mesh(programs.all_logits, self.cfg, self.params, padded, lengths, kernels=self.kernels)
         if jax.process_count() > 1:
             found = multihost_utils.process_allgather(found, tiled=True)
         return np.asarray(found)[: len(rows), : max(map(len, rows)), : self.cfg.vocab_size]
@@ -143,6 +145,7 @@ class Engine:
             to_controls(rows, batch, self.cfg.vocab_size),
             cache_length=bucket(tokens.shape[1] + programs.CHUNK, self.max_length, MIN_PROMPT_BUCKET),
             num_top=num_top,
+            kernels=self.kernels,
         )
 
     def _pad(self, rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,7 @@ class Llama:
         max_length: tokens of prompt and answer together.
         batch_size: the most sequences generated at once.
         mesh: what params lie on; None for one device.
+        kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Llama:
         max_length: int | None = None,
         batch_size: int = 16,
         mesh: Mesh | None = None,
+        kernels: bool = True,
     ):
         self.config = config
         self.params = params
@@ -53,7 +55,7 @@ class Llama:
         self.max_length = max_length or config.max_length
         self.batch_size = batch_size
         self.mesh = mesh
-        self.engine = Engine(config, params, self.max_length, mesh)
+        self.engine = Engine(config, params, self.max_length, mesh, kernels=kernels)
 
     def generate(
         self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings] | None = None, **changes: Any

@@ -20,6 +20,7 @@ from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.llama import Llama
 from llama_jax.mesh import MeshShape, resolve_mesh
+from llama_jax.ops.kernels.probe import choose_attention
 from llama_jax.sharding import make_mesh
 from llama_jax.text.chat import chat_format_of
 from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
@@ -78,6 +79,7 @@ def load(
     keep_compiled_programs()
     devices = _mesh(opened.config, mesh)
     text = tokenizer_of(opened, tokenizer)
+    device = jax.local_devices()[0]
     return Llama(
         config=opened.config,
         params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize or ""),
@@ -86,6 +88,7 @@ def load(
         chat_format=chat_format_of_weights(opened, text),
         max_length=max_length or opened.config.max_length,
         batch_size=batch_size,
+        kernels=dtype == "float32" or choose_attention("auto", device, opened.config.head_dim, note),
     )
 
 

@@ -17,9 +17,17 @@ CHUNK = 32  # the most tokens one decode call makes
 SCORE_SLICE = 64  # positions whose logits exist at once
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "cache_length", "num_top"))
+@functools.partial(jax.jit, static_argnames=("cfg", "cache_length", "num_top", "kernels"))
 def prefill(
-    cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, controls: Controls, *, cache_length: int, num_top: int
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    controls: Controls,
+    *,
+    cache_length: int,
+    num_top: int,
+    kernels: bool = True,
 ) -> tuple[DecodeState, Output]:
     """Reads the prompts and chooses the first token of each answer.
 
@@ -28,13 +36,14 @@ def prefill(
         lengths: [B] int32, at least 1.
         cache_length: S of the state's cache, at least T.
         num_top: alternatives to report per token.
+        kernels: whether attention may use the platform's kernel.
 
     Returns:
         The state, and the first token of every row ([B, 1]).
     """
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    x, cache = hidden_states(cfg, params, tokens, positions, rope_length=controls.rope_length)
+    x, cache = hidden_states(cfg, params, tokens, positions, rope_length=controls.rope_length, kernels=kernels)
     # A sum of one position and zeros, where indexing would gather a sequence that lies on several devices.
     last = jnp.sum(jnp.where((positions == lengths[:, None] - 1)[..., None], x, 0), axis=1, keepdims=True)
     state = DecodeState(
@@ -102,15 +111,15 @@ def insert(state: DecodeState, slot: Array, row: DecodeState) -> DecodeState:
     return place(jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one[0], slot, 0), state, row))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "num_top"))
-def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *, num_top: int) -> Output:
+@functools.partial(jax.jit, static_argnames=("cfg", "num_top", "kernels"))
+def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *, num_top: int, kernels: bool = True) -> Output:
     """How likely each token is after those before it: [B, T] -> Output of [B, T - 1] for tokens[:, 1:].
 
     The head is applied to a slice of positions at a time: [B, T, V] in float32 never exists.
     """
     B, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length)
+    x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length, kernels=kernels)
     slices = -(-T // SCORE_SLICE)
     pad = slices * SCORE_SLICE - T
     x = constrain(x, "batch", "length", "act_embed")
@@ -125,11 +134,11 @@ def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *
     return replicate(rows)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def all_logits(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array) -> Array:
+@functools.partial(jax.jit, static_argnames=("cfg", "kernels"))
+def all_logits(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *, kernels: bool = True) -> Array:
     """[B, T] -> [B, T, V'] float32, divided over the mesh."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length)
+    x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length, kernels=kernels)
     return logits(cfg, params, x)
 
 

@@ -23,11 +23,13 @@ class Block(nn.Module):
 
     Attributes:
         adapted: makes the products instead of `project_each`, from equations by name, x and weights (llama_jax.model.lora).
+        kernels: whether attention may use the platform's kernel (llama_jax.ops.attention.attend_causal).
     """
 
     cfg: ModelConfig
     param_dtype: jnp.dtype = jnp.float32
     adapted: Callable[[dict[str, str], Array, list[Array]], tuple[Array, ...]] | None = None
+    kernels: bool = True
 
     @nn.compact
     def __call__(
@@ -54,7 +56,8 @@ class Block(nn.Module):
         q, k = rotate(q, cos, sin), repeat_heads(rotate(k, cos, sin))
         v = repeat_heads(v)
         if cache is None:
-            y, cache = attend_causal(q, k, v, segment_ids), LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            y = attend_causal(q, k, v, segment_ids, kernels=self.kernels)
+            cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
             cache = write(cache, k, v, positions[:, 0])
             y = attend(q, cache.k, cache.v, jnp.arange(cache.k.shape[2]) <= positions[:, :, None])

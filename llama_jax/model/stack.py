@@ -37,6 +37,8 @@ def hidden_states(
     positions: Array,
     cache: KVCache | None = None,
     rope_length: Array | int | None = None,
+    *,
+    kernels: bool = True,
 ) -> tuple[Array, KVCache]:
     """Runs the layers, not the head. Layers are unrolled: a scan copies every weight and cache on every step on a GPU.
 
@@ -46,6 +48,7 @@ def hidden_states(
         cache: the keys and values of earlier tokens; this call's are written into the slots `positions`. Without one, this
             call's keys and values are the cache returned.
         rope_length: [B] or a number, for `dynamic` RoPE: the tokens each sequence will have. T when not given.
+        kernels: whether attention may use the platform's kernel, without a cache.
 
     Returns:
         [B, T, D] before the final norm, and the cache.
@@ -54,7 +57,7 @@ def hidden_states(
     x = embed(params, tokens)
     caches = list(cache or [None] * cfg.num_layers)
     for i, layer in enumerate(params["layers"]):
-        x, caches[i] = Block(cfg).apply({"params": layer}, x, positions, cos, sin, caches[i])
+        x, caches[i] = Block(cfg, kernels=kernels).apply({"params": layer}, x, positions, cos, sin, caches[i])
     return x, caches
 
 
@@ -70,6 +73,7 @@ def train_states(
     adapter: Params | None = None,
     lora: LoraConfig | None = None,
     dropout_key: Array | None = None,
+    kernels: bool = True,
 ) -> Array:
     """hidden_states for training: no cache, in a compute dtype, remembering for the backward pass what `remat` says.
 
@@ -82,6 +86,7 @@ def train_states(
         adapter: in the form of `params`, made for `lora`; the weights' int8 or bfloat16 is as good as float32 then, as they
             are not trained.
         dropout_key: of the adapter's dropout; None for none (evaluation).
+        kernels: whether attention may use the platform's kernel.
 
     Returns:
         [B, T, D] before the final norm.
@@ -90,7 +95,7 @@ def train_states(
 
     def layer(x: Array, inputs: tuple[Params, Params | None, Array | None]) -> tuple[Array, None]:
         weights, layer_adapter, key = inputs
-        block = Block(cfg, adapted=LayerAdapter(lora, layer_adapter, key) if layer_adapter else None)
+        block = Block(cfg, adapted=LayerAdapter(lora, layer_adapter, key) if layer_adapter else None, kernels=kernels)
         return block.apply({"params": weights}, x, positions, cos, sin, None, segment_ids)[0], None
 
     scanned = not isinstance(params["layers"], list)

@@ -47,6 +47,7 @@ class StepConfig:
         remat: what the forward pass keeps for the backward: none (everything) | full (the layers' inputs) | projections
             (inputs, and the results of the projections and of attention) | offload (the latter in the host's memory: TPU, GPU).
         scan_layers: one compiled layer in a loop over [L, ...] weights (TPU), or L of them one after the other (GPU).
+        kernels: whether attention may use the platform's kernel: llama_jax.ops.kernels.probe.choose_attention says.
         accumulate: parts that the rows of a batch are computed in, one after the other, for the memory of one.
         z_loss: weight of log(Z)^2.
         freeze: regular expressions of the names of parameters that do not train.
@@ -59,6 +60,7 @@ class StepConfig:
     dtype: str = "bfloat16"
     remat: str = "full"
     scan_layers: bool = True
+    kernels: bool = True
     accumulate: int = 1
     z_loss: float = 0.0
     freeze: tuple[str, ...] = ()
@@ -116,6 +118,7 @@ def batch_loss(
         adapter=adapter,
         lora=lora,
         dropout_key=dropout_key,
+        kernels=config.kernels,
     )
     x = rms_norm(x, params["final_norm"], cfg.norm_eps)
     weights = batch.weights / (jnp.maximum(jnp.sum(batch.weights), 1) if total is None else total)

@@ -1,0 +1,56 @@
+"""Whether attention may use a platform's kernel is decided once, by whoever runs a program, and reaches every layer."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.data.batch import Batch
+from llama_jax.generation.engine import Engine
+from llama_jax.generation.request import Row, Settings
+from llama_jax.model import Params, param_shapes
+from llama_jax.training.step import StepConfig, batch_loss
+from tests.make_mesh import equations
+from tests.model.make import SMALL
+
+CFG = dataclasses.replace(SMALL, head_dim=64)
+TOKENS = np.zeros((1, 128), np.int32)
+PER_LAYER = 2  # of kernels: the TPU's and the GPU's, of which a compiled program has one
+
+
+def kernels(program, params: Params) -> int:
+    return sum(equation.primitive.name == "pallas_call" for equation in equations(program, params))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_by_the_setting_of_a_training_step(allowed):
+    batch = Batch(TOKENS, TOKENS, TOKENS.astype(np.float32), TOKENS, TOKENS)
+    config = StepConfig(remat="none", scan_layers=False, kernels=allowed)
+    loss = functools.partial(batch_loss, CFG, config, batch=batch)
+    assert kernels(lambda params: loss(params=params), param_shapes(CFG)) == PER_LAYER * CFG.num_layers * allowed
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_by_the_setting_of_an_engine(allowed, monkeypatch):
+    engine = Engine(CFG, param_shapes(CFG, jnp.bfloat16), 128, kernels=allowed)
+    tokens = TOKENS[0].tolist()
+
+    class CalledError(Exception):
+        pass
+
+    def count(program, cfg, params, *args, **options):
+        found = kernels(lambda params: program(cfg, params, *args, **options), params)
+        raise CalledError(found)
+
+    monkeypatch.setattr(engine, "_on_mesh", count)
+    calls = (
+        lambda: engine._prefill([Row(tokens, Settings(), ())], 1, 0),
+        lambda: engine.score(tokens),
+        lambda: engine.logits([tokens]),
+    )
+    for call in calls:
+        with pytest.raises(CalledError) as found:
+            call()
+        assert found.value.args == (PER_LAYER * CFG.num_layers * allowed,)

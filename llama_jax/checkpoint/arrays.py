@@ -5,7 +5,6 @@ words of one of them (each writes files of its own, merged at the end by name), 
 the mesh cuts finer than the chunks: fsdp=64 has eight devices for each of the eight chunks along embed.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -18,11 +17,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from llama_jax.checkpoint.store import chunk_shape, stored_names
+from llama_jax.checkpoint.store import stored_names
 from llama_jax.errors import ExitCode, LlamaError
 
 Index = tuple[slice, ...] | EllipsisType
-COPIED_TOGETHER_BYTES = 256 * 2**20  # copies on the devices that are on their way to the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +75,6 @@ class MeshLeaf:
         return self.size * self.dtype.itemsize
 
     def parts(self, chunks: Sequence[int]) -> list[tuple[Index, Leaf]]:
-        """What this process writes, and where."""
-        return [(index, _leaf(data)) for index, data in self.cut(chunks)]
-
-    def cut(self, chunks: Sequence[int]) -> list[tuple[Index, jax.Array]]:
         """What this process writes, and where: whole chunks, of each the first copy.
 
         Runs a program on the mesh: all processes come here for the same arrays in the same order. Its result, a copy, goes
@@ -92,16 +86,16 @@ class MeshLeaf:
         if self.array.is_fully_addressable and jax.process_index() > 0:  # every process has one
             return []
         shards = _cut(self.array, max(self.layer, 0), self.layer >= 0, self.shape, sharding).addressable_shards
-        return [(shard.index, shard.data) for shard in shards if shard.replica_id == 0]
+        return [(shard.index, _leaf(shard.data)) for shard in shards if shard.replica_id == 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class HostLeaf:
-    """What this process writes of an array, in its own memory: the devices may go on."""
+    """An array on disk whose parts are in this process's memory: the devices may go on."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: tuple[tuple[Index, Leaf], ...]
+    pieces: tuple[tuple[Index, np.ndarray], ...]
 
     @property
     def size(self) -> int:
@@ -112,37 +106,28 @@ class HostLeaf:
         return self.size * self.dtype.itemsize
 
     def parts(self, chunks: Sequence[int]) -> list[tuple[Index, Leaf]]:
-        return list(self.pieces)
+        """The pieces, or all in one where they do not begin and end with chunks."""
+        if len(self.pieces) == 1 or all(_has_whole_chunks(index, self.shape, chunks) for index, _ in self.pieces):
+            return [(index, _leaf(piece)) for index, piece in self.pieces]
+        whole = np.empty(self.shape, self.dtype)
+        for index, piece in self.pieces:
+            whole[index] = piece
+        return [(..., _leaf(whole))]
 
 
-def on_host(leaves: Mapping[str, MeshLeaf], axes: Mapping[str, Sequence[str]]) -> dict[str, HostLeaf]:
-    """Copies what this process writes into its memory; what the arrays hold afterwards, or whether they live, is no matter.
+def on_host(leaves: Mapping[str, MeshLeaf]) -> dict[str, HostLeaf]:
+    """Copies arrays into the memory of a process that is alone: what they hold later, and whether they live, is no matter.
 
-    Args:
-        leaves: by names of the disk, the same in all processes.
-        axes: logical axes of each array, by the same names.
+    Nothing runs on the devices but the copies, all at once; a stack is one array.
     """
-    cut: collections.deque[tuple[str, list[tuple[Index, jax.Array]]]] = collections.deque()
-    copied, on_the_way = {}, 0
-
-    def take() -> None:
-        nonlocal on_the_way
-        name, parts = cut.popleft()
-        on_the_way -= sum(data.nbytes for _, data in parts)
-        pieces = tuple((index, _leaf(np.asarray(data))) for index, data in parts)  # of a CPU device: the cut's own memory
-        copied[name] = HostLeaf(leaves[name].shape, leaves[name].dtype, pieces)
-
-    for name, leaf in leaves.items():
-        parts = leaf.cut(chunk_shape(leaf.shape, axes[name], leaf.dtype.itemsize))
-        for _, data in parts:
-            data.copy_to_host_async()
-        cut.append((name, parts))
-        on_the_way += sum(data.nbytes for _, data in parts)
-        while on_the_way > COPIED_TOGETHER_BYTES:
-            take()
-    while cut:
-        take()
-    return copied
+    arrays = {id(leaf.array): leaf.array for leaf in leaves.values()}
+    shards = {}
+    for key, array in arrays.items():
+        shards[key] = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+        for shard in shards[key]:
+            shard.data.copy_to_host_async()
+    copies = {key: [(shard.index, _copied(shard.data)) for shard in found] for key, found in shards.items()}
+    return {name: HostLeaf(leaf.shape, leaf.dtype, _pieces(leaf, copies[id(leaf.array)])) for name, leaf in leaves.items()}
 
 
 def mesh_leaves(arrays: Mapping[str, jax.Array], shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, MeshLeaf]:
@@ -215,3 +200,29 @@ def _cut(array: jax.Array, layer: int, stacked: bool, shape: tuple[int, ...], sh
 
 def _leaf(data: jax.Array | np.ndarray) -> Leaf:
     return Leaf(data.shape, np.dtype(data.dtype), lambda: np.asarray(data))
+
+
+def _copied(data: jax.Array) -> np.ndarray:
+    """The array in memory that no device has; a CPU device's is only lent to NumPy."""
+    is_lent = data.sharding.memory_kind != "device" or data.device.platform == "cpu"
+    return np.asarray(data).copy() if is_lent else np.asarray(data)
+
+
+def _pieces(leaf: MeshLeaf, copies: Sequence[tuple[tuple[slice, ...], np.ndarray]]) -> tuple[tuple[Index, np.ndarray], ...]:
+    """What parts of the array in memory are of the array on disk."""
+    pieces = []
+    for index, part in copies:
+        if leaf.layer >= 0:  # layers are not cut
+            index, part = index[1:], part[leaf.layer]
+        ranges = [axis.indices(size) for axis, size in zip(index, leaf.shape, strict=True)]
+        if all(start < stop for start, stop, _ in ranges):
+            inside = tuple(slice(start, stop) for start, stop, _ in ranges)
+            pieces.append((inside, part[tuple(slice(stop - start) for start, stop, _ in ranges)]))
+    return tuple(pieces)
+
+
+def _has_whole_chunks(index: tuple[slice, ...], shape: Sequence[int], chunks: Sequence[int]) -> bool:
+    return all(
+        part.start % chunk == 0 and (part.stop % chunk == 0 or part.stop == size)
+        for part, size, chunk in zip(index, shape, chunks, strict=True)
+    )

@@ -121,7 +121,7 @@ class Saver:
 
         Args:
             extra: what `restore` gives back, as JSON can hold it: the seed, the data's fingerprint, the config.
-            metric: of these weights, the lower the better: an evaluation's loss. NaN is none.
+            metric: of these weights, the lower the better: the loss of an evaluation, made before. NaN is none.
 
         Raises:
             LlamaError: there is no room for it, or the one before could not be written. OSError and others likewise.
@@ -136,7 +136,7 @@ class Saver:
         if jax.process_count() > 1:
             self._write(step, rooms, run)
             return
-        rooms = {name: Room(on_host(room.leaves, room.axes), room.axes) for name, room in rooms.items()}
+        rooms = {name: Room(on_host(room.leaves), room.axes) for name, room in rooms.items()}
         self._writing = self._pool.submit(self._write, step, rooms, run)
 
     def wait(self) -> None:

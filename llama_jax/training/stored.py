@@ -8,7 +8,6 @@ rows of padding are left out.
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +23,6 @@ from llama_jax.config import ModelConfig
 from llama_jax.model import adapter_axes, param_axes
 from llama_jax.training.optimizer import Optimizer
 from llama_jax.training.state import StateForm, TrainState, evaluated, state_shapes, state_shardings
-from llama_jax.training.weights import sides
 
 WHOLE = "norm"  # the logical axis of what is never cut
 Axes = tuple[str, ...]
@@ -134,19 +132,13 @@ def _placed(leaf: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
 
 
 def _axes(path: str, shape: tuple[int, ...], weights: Mapping[str, tuple[int, ...]], axes: Mapping[str, Axes]) -> Axes:
-    """Logical axes of an array: those of the weight whose name is in its path, when it has that shape, or that of the matrix
-    [outputs, inputs]; else it is not cut."""
+    """Logical axes of an array: those of the weight whose name is in its path, when it has that shape; else it is not cut."""
     parts = _without_number(path).split(".")
     inner = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(len(parts), i, -1))
     weight = next((name for name in inner if name in weights), None)
-    if weight is not None:
-        names = axes[weight][1:] if axes[weight][0] == "layers" else axes[weight]
-        if weights[weight] == shape:
-            return names
-        found = sides(names)
-        if found is not None and shape == tuple(math.prod(weights[weight][axis] for axis in side) for side in found):
-            return tuple(names[side[0]] for side in found)
-    return (WHOLE,) * len(shape)
+    if weight is None or weights[weight] != shape:
+        return (WHOLE,) * len(shape)
+    return axes[weight][1:] if axes[weight][0] == "layers" else axes[weight]
 
 
 def _of_one_layer(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

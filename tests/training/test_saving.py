@@ -1,20 +1,26 @@
 """Training states on disk: to the bit, from any form and mesh to any other; what is refused; what is kept."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from etils import epath
 
+from llama_jax.checkpoint.arrays import on_host
 from llama_jax.checkpoint.load import load_params
 from llama_jax.checkpoint.store import Checkpoint, to_flat
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.mesh import MeshShape
 from llama_jax.model import LoraConfig
+from llama_jax.sharding import make_mesh
 from llama_jax.training.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
 from llama_jax.training.restoring import initial_params, restore
-from llama_jax.training.state import StateForm, evaluated, state_shapes, trained_axes
+from llama_jax.training.state import StateForm, TrainState, evaluated, state_shapes, state_shardings, trained_axes
+from llama_jax.training.stored import state_layout
 from tests.checkpoint.test_save import save
 from tests.training.make import CFG, training_mesh
 from tests.training.states import IDENTITY, assert_is, assert_stored, layout_of, saver_of, state_of
@@ -23,7 +29,7 @@ from tests.training.states import IDENTITY, assert_is, assert_stored, layout_of,
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_state_comes_back_to_the_bit_on_any_mesh_and_in_either_form(tmp_path, name):
     saved = layout_of(name, "2x2x2", scan=True)
-    with saver_of(tmp_path, saved) as saver:
+    with jax.set_mesh(training_mesh("2x2x2")), saver_of(tmp_path, saved) as saver:  # as the steps are called
         saver.save(state_of(saved, step=7), extra={"seed": 3})
     assert_stored(tmp_path / "checkpoints/7", saved)
     others = ("8x1x1", "1x8x1", "1x1x8") if name == "adamw" else ()
@@ -49,6 +55,33 @@ def test_a_state_of_any_form_comes_back_to_the_bit(tmp_path, name):
         saver.save(state_of(saved))
     assert_stored(tmp_path / "checkpoints/1", saved)
     assert_is(restore(tmp_path, restored, identity=IDENTITY)[0], restored)
+
+
+def test_an_optimizer_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path):
+    """To the bit, from arrays that it has made, with a row of padding (whose own moments start anew)."""
+    form, mesh = StateForm(True), make_mesh(MeshShape(1, 1, 2), jax.devices()[:2])
+    optimizer = make_optimizer(OptimizerConfig("adafactor", warmup_steps=1, total_steps=9), trained_axes(CFG, form))
+    layout = state_layout(CFG, optimizer, form, mesh=mesh)
+    places = state_shardings(CFG, optimizer, form, mesh=mesh)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=places)
+    def step(state):
+        gradients = jax.tree.map(lambda weight: jax.numpy.sin(weight * state.step), state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), {}, opt_state, {})
+
+    with jax.set_mesh(mesh), saver_of(tmp_path, layout) as saver:
+        drawn = state_of(layout)
+        state = step(dataclasses.replace(drawn, opt_state=jax.tree.map(lambda leaf: leaf * 0, drawn.opt_state)))
+        saver.save(state)
+        straight = step(step(state))
+        saver.wait()
+        again = step(step(restore(tmp_path, layout, identity=IDENTITY)[0]))
+    for room, of in layout.rooms(straight).items():
+        one, other = on_host(of.leaves), on_host(layout.rooms(again)[room].leaves)
+        for name, leaf in one.items():
+            for (_, piece), (_, same) in zip(leaf.pieces, other[name].pieces, strict=True):
+                assert piece.tobytes() == same.tobytes(), name
 
 
 @pytest.mark.parametrize("kind", ["average", "schedule_free"])

@@ -26,7 +26,7 @@ from bundled.dialogues import Message, dialogue, exercise
 from bundled.stories import story
 from bundled.tokenizer import train_tokenizer
 
-STORIES, EXERCISES, DIALOGUES, HELD_OUT = 160_000, 60_000, 120_000, 500
+STORIES, EXERCISES, DIALOGUES, HELD_OUT = 60_000, 24_000, 56_000, 500  # 10.7, 3.9 and 8.0 M tokens
 DIALOGUES_PER_STORY = 8  # in sft.jsonl
 TOKENIZER_STORIES, TOKENIZER_EXERCISES, TOKENIZER_DIALOGUES = 6000, 3000, 3000
 CHUNK = 500

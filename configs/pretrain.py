@@ -68,6 +68,7 @@ def train(batch_size: int, length: int, *, steps: int = 0, epochs: float = 0.0) 
     c.dtype = "bfloat16"  # of the computation; parameters are float32
     c.remat = "full"  # none, projections, full, offload: from most memory to least
     c.scan_layers = "auto"  # true, false; auto: on TPUs
+    c.attention = "auto"  # kernel, plain; auto: the GPU's or TPU's kernel if it works
     c.accumulate = 1  # parts of a batch, one after the other
     c.z_loss = 0.0
     c.ema_decay = 0.0  # of an average of the weights, which is then what is evaluated and saved to sample with

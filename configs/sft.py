@@ -25,6 +25,7 @@ def get_config(preset: str = "full") -> ml_collections.ConfigDict:
     c.train = pretrain.train(64, 4096, epochs=2.0)
     c.optimizer = pretrain.optimizer(2e-5, warmup_steps=0)
     c.data = pretrain.data()
+    c.data.long_documents = "truncate"  # the end of a conversation means little without its beginning
     c.save = dict(every=500, keep=2, keep_every=0, keep_best=0)  # steps; checkpoints
     c.eval = pretrain.evaluation(every=100)
     c.log = dict(tensorboard=True, wandb="", report_seconds=60.0)  # wandb: the name of a project

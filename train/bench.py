@@ -12,6 +12,7 @@ import dataclasses
 import json
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from llama_jax.data.batch import BATCH_AXES, Batch
 from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.model import LoraConfig, param_shapes
 from llama_jax.model.quantize import NUM_INPUTS
+from llama_jax.ops.kernels.probe import choose_attention
 from llama_jax.sharding import make_mesh, sharding
 from llama_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from llama_jax.training.state import StateForm, TrainState, init_state, trained, trained_axes, with_trained
@@ -46,7 +48,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     subject = _subject(config)
     cfg, tokens = subject.cfg, subject.batch_size * subject.length
     with jax.set_mesh(subject.mesh):
-        found = _whole_step(subject, config["steps"])
+        found = _whole_step(subject, config["steps"], config["parts"])
     seconds = found["step_seconds"]
     device = subject.mesh.devices.flat[0]
     frozen = subject.form.lora.rank > 0
@@ -61,14 +63,13 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
         "lora_rank": subject.form.lora.rank,
         "tokens_per_second": tokens / seconds,
         **found,
-        "peak_bytes": _peak_bytes(),
     }
     if chip := chip_of(device):
         peak = chip.peak(subject.step.dtype) * subject.mesh.size
         for name in ("causal", "palm"):
             flops = flops_per_token(cfg, subject.length, causal=name == "causal", frozen=frozen)
             found[f"mfu_{name}"] = tokens / seconds * flops / peak
-    if subject.mesh.size == 1 and not frozen:
+    if config["parts"] and subject.mesh.size == 1 and not frozen:
         found |= _against_products(cfg, tokens, subject.step.dtype, seconds)
     return found
 
@@ -88,17 +89,19 @@ class _Subject:
 def _subject(config: dict[str, Any]) -> _Subject:
     cfg, train, lora = ModelConfig(**config["model"]), dict(config["train"]), dict(config["lora"])
     batch_size, length, scan = (train.pop(name) for name in ("batch_size", "length", "scan_layers"))
+    attention = train.pop("attention")
     mesh = make_mesh(resolve_mesh(cfg, MeshShape(**config["mesh"]), jax.device_count(), batch_size=batch_size))
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    step = StepConfig(**train, scan_layers=on_tpu if scan == "auto" else scan == "true")
+    kernels = choose_attention(attention, mesh.devices.flat[0], cfg.head_dim, lambda line: print(line, file=sys.stderr))
+    step = StepConfig(**train, scan_layers=on_tpu if scan == "auto" else scan == "true", kernels=kernels)
     base = {name: lora.pop(name) for name in ("base_dtype", "quantize")}
     form = step.form(LoraConfig(**lora), **base)
     optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), trained_axes(cfg, form))
     return _Subject(cfg, mesh, step, form, optimizer, batch_size, length, config["documents"])
 
 
-def _whole_step(subject: _Subject, steps: int) -> dict[str, float]:
-    """Seconds of compiling, of a step, and of its two parts alone."""
+def _whole_step(subject: _Subject, steps: int, parts: bool) -> dict[str, float]:
+    """Seconds of compiling, of a step, and of its two parts alone; and what the compiler says of memory."""
     cfg, form, optimizer = subject.cfg, subject.form, subject.optimizer
     step = make_train_step(
         cfg, subject.step, optimizer, subject.mesh, lora=form.lora, base_dtype=form.base_dtype, quantize=form.quantize
@@ -115,14 +118,16 @@ def _whole_step(subject: _Subject, steps: int) -> dict[str, float]:
         jax.block_until_ready((state, numbers))
         seconds.append(time.perf_counter() - start)
     seconds = seconds[UNCOUNTED:]
-    backward, update = _parts(subject, state, batch)
-    return {
+    found = {
         "compile_seconds": compile_seconds,
         "step_seconds": statistics.median(seconds),
         "step_seconds_least": min(seconds),
-        "forward_backward_seconds": backward,
-        "optimizer_seconds": update,
+        "peak_bytes_compiled": compiled.memory_analysis().peak_memory_in_bytes,
+        "peak_bytes": _peak_bytes(),
     }
+    if parts:
+        found["forward_backward_seconds"], found["optimizer_seconds"] = _parts(subject, state, batch)
+    return found
 
 
 def _parts(subject: _Subject, state: TrainState, batch: Batch) -> tuple[float, float]:

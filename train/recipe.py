@@ -114,6 +114,7 @@ class Recipe:
         tokenizer: its file or folder; "" for that of init_from.
         base_dtype, quantize: of a LoRA run's frozen parameters: float32 | bfloat16, and "" | int8.
         scan_layers: None: on TPUs.
+        attention: auto | kernel | plain (llama_jax.ops.kernels.probe.choose_attention).
         profile: first and last step that a trace is written of; empty for none.
         values: the config as it was given, for run.json.
     """
@@ -127,6 +128,7 @@ class Recipe:
     run: RunConfig
     step: StepConfig
     scan_layers: bool | None
+    attention: str
     optimizer: OptimizerConfig
     lora: LoraConfig
     data: DataConfig
@@ -146,7 +148,7 @@ def read_recipe(config: ml_collections.ConfigDict) -> Recipe:
     values = config.to_dict()
     groups = {name: values.get(name) or {} for name in ("mesh", "train", "optimizer", "lora", "data", "save", "eval", "log")}
     train = dict(groups["train"])
-    scan_layers = str(train.pop("scan_layers", "auto"))
+    scan_layers, attention = str(train.pop("scan_layers", "auto")), train.pop("attention", "auto")
     if scan_layers.lower() not in SCAN_LAYERS:
         _refuse(f"train.scan_layers is {scan_layers!r}, expected one of {', '.join(SCAN_LAYERS)}")
     of_run = {field.name for field in dataclasses.fields(RunConfig)}
@@ -163,6 +165,7 @@ def read_recipe(config: ml_collections.ConfigDict) -> Recipe:
         run=_group(RunConfig, "train", {name: value for name, value in train.items() if name in of_run}),
         step=_group(StepConfig, "train", step),
         scan_layers=SCAN_LAYERS[scan_layers.lower()],
+        attention=attention,
         optimizer=_group(OptimizerConfig, "optimizer", groups["optimizer"]),
         lora=_group(LoraConfig, "lora", lora),
         data=_group(DataConfig, "data", groups["data"]),

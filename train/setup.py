@@ -25,6 +25,7 @@ from llama_jax.data.sources import parse_sources
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.load import chat_format_of_weights, open_weights, tokenizer_of
 from llama_jax.mesh import resolve_mesh
+from llama_jax.ops.kernels.probe import choose_attention
 from llama_jax.sharding import make_mesh, sharding
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.training.optimizer import make_optimizer
@@ -115,7 +116,8 @@ def prepare(recipe: Recipe, workdir: epath.Path, command: str, devices: Sequence
     mesh = make_mesh(shape, devices)
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     scan = on_tpu if recipe.scan_layers is None else recipe.scan_layers
-    step_config = dataclasses.replace(recipe.step, scan_layers=scan)
+    kernels = choose_attention(recipe.attention, jax.local_devices()[0], cfg.head_dim, distributed.note)
+    step_config = dataclasses.replace(recipe.step, scan_layers=scan, kernels=kernels)
     form = step_config.form(recipe.lora, recipe.base_dtype, recipe.quantize)
     tokenizer, files = _tokenizer(recipe, opened, workdir)
     chat_format = recipe.data.chat_format or (chat_format_of_weights(opened, tokenizer) if opened else "")

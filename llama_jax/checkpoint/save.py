@@ -239,7 +239,7 @@ def _wait_for_disk(folder: epath.Path) -> None:
     """Returns when all files are on the disk: a checkpoint.json must not outlive its arrays in a power cut."""
     if "://" in str(folder):
         return
-    for path in (*Path(folder).rglob("*"), Path(folder)):
+    for path in (*Path(folder).rglob("*"), Path(folder), Path(folder).parent):
         _sync(path)
 
 

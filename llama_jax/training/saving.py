@@ -133,11 +133,12 @@ class Saver:
         rooms = self._layout.rooms(state)
         metric = None if metric is None or math.isnan(metric) else float(metric)
         run = {"step": step, "metric": metric, "identity": self._identity, "extra": dict(extra or {})}
+        text = json.dumps({**run, "arrays": self._layout.arrays()}, indent=1) + "\n"
         if jax.process_count() > 1:
-            self._write(step, rooms, run)
+            self._write(step, rooms, metric, text)
             return
         rooms = {name: Room(on_host(room.leaves), room.axes) for name, room in rooms.items()}
-        self._writing = self._pool.submit(self._write, step, rooms, run)
+        self._writing = self._pool.submit(self._write, step, rooms, metric, text)
 
     def wait(self) -> None:
         """Returns when nothing is being written.
@@ -179,15 +180,14 @@ class Saver:
     def _complete(self) -> list[int]:
         return complete_steps(self._steps.parent)
 
-    def _write(self, step: int, rooms: Mapping[str, Room], run: Mapping[str, Any]) -> None:
+    def _write(self, step: int, rooms: Mapping[str, Room], metric: float | None, run: str) -> None:
         """Writes a checkpoint, then removes those that need not be kept."""
         checkpoint = dataclasses.replace(self._checkpoint, path=self._steps / str(step))
         first = jax.process_index() == 0
 
         def finish(checkpoint: Checkpoint) -> Checkpoint:
             if first:
-                text = json.dumps({**run, "arrays": self._layout.arrays()}, indent=1)
-                (checkpoint.path / RUN).write_text(text + "\n")
+                (checkpoint.path / RUN).write_text(run)
             return checkpoint
 
         try:
@@ -197,7 +197,7 @@ class Saver:
             left = "there is no other" if newest is None else f"the newest is that of step {newest}"
             raise LlamaError(error.code, f"the checkpoint of step {step} was not written: {error}; {left}") from None
         self._saved = step
-        self._metrics[step] = run["metric"]
+        self._metrics[step] = metric
         with everywhere("old checkpoints were not removed"):
             if first:
                 complete = self._complete()

@@ -23,7 +23,7 @@ import llama_jax
 from llama_jax import convert as command
 from llama_jax.checkpoint.huggingface_writer import write_huggingface as write_shards
 from llama_jax.checkpoint.layout import META, flat_shape, leaf_of, names, shapes
-from llama_jax.checkpoint.save import REPLACED, UNFINISHED
+from llama_jax.checkpoint.save import ARRAY_BYTES, REPLACED, ROOM_BYTES, UNFINISHED
 from llama_jax.checkpoint.store import MANIFEST, Checkpoint, to_tree
 from llama_jax.config import ModelConfig
 from llama_jax.convert import convert
@@ -519,7 +519,8 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path, source, run, 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     argv = ["--source", source, "--output", tmp_path / "c"]
-    refused(run, ExitCode.DISK_FULL, f"c needs {CFG.num_params * 4:,} bytes and its disk has 1,000 free", *argv)
+    nbytes = CFG.num_params * 4 + (9 * CFG.num_layers + 3) * ARRAY_BYTES + ROOM_BYTES
+    refused(run, ExitCode.DISK_FULL, f"c needs {nbytes:,} bytes and its disk has 1,000 free", *argv)
     assert not (tmp_path / "c").exists()
 
 

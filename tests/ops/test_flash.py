@@ -20,7 +20,7 @@ SHAPES = {  # T, N, K, H
     "wide heads, one for all": (256, 2, 1, 128),
     "three blocks": (384, 3, 3, 64),
 }
-SQUARE = Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+TALL = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
 WIDE = Tiles(Tile(64, 128, 4, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
 
 
@@ -36,7 +36,7 @@ def out_and_gradients(f, q, k, v, segments, dy):
     "shape, packed, tiles",
     [
         ("one block", False, TILES),
-        ("wide heads, one for all", True, SQUARE),
+        ("wide heads, one for all", True, TALL),
         ("three blocks", True, WIDE),
     ],
 )

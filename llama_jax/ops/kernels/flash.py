@@ -34,11 +34,14 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Of the forward kernel, and of the two that make the gradients of q and of k and v."""
+    """Of the forward kernel, and of the two that make the gradients of q and of k and v.
 
-    forward: Tile = Tile(128, 64, 8, 3)
-    dq: Tile = Tile(128, 64, 8, 2)
-    dkv: Tile = Tile(64, 128, 8, 2)
+    The fastest of five each on an H200, rows of five segments (benchmarks/gpu_attention.py): small ones skip more.
+    """
+
+    forward: Tile = Tile(64, 64, 4, 3)
+    dq: Tile = Tile(64, 64, 4, 2)
+    dkv: Tile = Tile(64, 64, 4, 2)
 
 
 TILES = Tiles()

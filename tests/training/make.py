@@ -30,11 +30,13 @@ def training_mesh(name: str | None) -> Mesh:
 
 
 def batch_of(cfg: ModelConfig = CFG, seed: int = 0) -> Batch:
-    """Eight rows of three sequences; a fifth of the targets do not count, the last of each sequence among them."""
+    """Eight rows of three sequences; a fifth of the targets do not count, the last of each sequence
+    among them, and in the first row all but the first four."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, cfg.vocab_size, (B, T + 1)).astype(np.int32)
     weights = (rng.random((B, T)) < 0.85).astype(np.float32)
     weights[:, np.cumsum(SEGMENTS) - 1] = 0
+    weights[0, 4:] = 0
     positions = np.concatenate([np.arange(n) for n in SEGMENTS]).astype(np.int32)
     segments = np.repeat(np.arange(1, len(SEGMENTS) + 1), SEGMENTS).astype(np.int32)
     return Batch(tokens[:, :-1], tokens[:, 1:], weights, np.tile(positions, (B, 1)), np.tile(segments, (B, 1)))

@@ -1,6 +1,7 @@
 """The training state: where every array lies, and that its values depend on the key alone."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from llama_jax.config import PRESETS
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model import init_params, param_axes, param_shapes
 from llama_jax.training.optimizer import OptimizerConfig, make_optimizer
-from llama_jax.training.state import StateForm, init_state, state_shapes, state_shardings
+from llama_jax.training.state import StateForm, init_state, state_shapes, state_shardings, trained_axes
 from tests.make_mesh import MESHES, without_rematerialisation
 from tests.training.make import CFG, TIED, assert_trees_close, on_host, training_mesh
 
@@ -39,6 +41,26 @@ def test_moments_lie_where_their_parameters_do_and_counts_everywhere(name, optim
     for shape, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True):
         assert shape.ndim > 0 or place.spec == PartitionSpec()
     assert places.step.spec == PartitionSpec()
+
+
+@pytest.mark.parametrize(
+    "optimizer, copies", [("adamw", 2), ("adafactor", 0), ("lion", 1), ("muon", 1.04), ("schedule_free", 2), ("sgd", 0)]
+)
+def test_an_optimizer_s_state_is_divided_as_the_weights_are(optimizer, copies):
+    """Llama 2 7B on eight devices: bytes of each, in copies of its weights; muon has a second moment of two tables."""
+    cfg, mesh = PRESETS["llama2_7b"], training_mesh("2x2x2")
+    config = OptimizerConfig(optimizer, schedule="constant" if optimizer == "schedule_free" else "cosine")
+    made = make_optimizer(config, trained_axes(cfg, SCANNED))
+    shapes = state_shapes(cfg, made, SCANNED, tensor=2)
+    places = state_shardings(cfg, made, SCANNED, mesh=mesh)
+
+    def bytes_of(shapes, places) -> int:
+        parts = jax.tree.map(lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize, shapes, places)
+        return sum(jax.tree.leaves(parts))
+
+    assert bytes_of(shapes.opt_state, places.opt_state) / bytes_of(shapes.params, places.params) == pytest.approx(
+        copies, abs=0.01
+    )
 
 
 def test_the_shapes_of_a_state_are_those_of_its_parameters_and_moments():

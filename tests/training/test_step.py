@@ -96,6 +96,14 @@ def test_three_steps_are_the_same_unrolled_on_a_mesh(alone):
     assert_same(run(CFG, "2x2x2", dataclasses.replace(FLOAT32, scan_layers=False, remat="projections")), alone)
 
 
+def test_a_batch_in_parts_is_the_whole_batch(alone):
+    """Weighed by targets, of which the parts have unequally many, not by rows."""
+    parts = run(CFG, "2x2x2", dataclasses.replace(FLOAT32, accumulate=2))
+    assert_same(parts, alone)
+    for ours, wanted in zip(parts.metrics, alone.metrics, strict=True):
+        np.testing.assert_allclose(ours["loss"], wanted["loss"], rtol=1e-6)
+
+
 def test_a_step_learns_counts_and_reports(alone):
     end = alone.states[-1]
     assert int(end.step) == STEPS and end.step.dtype == jnp.int32
@@ -175,7 +183,9 @@ def _moved(params: Params, path: tuple, by: np.ndarray) -> Params:
     return jax.tree.map_with_path(lambda other, leaf: leaf + by if other == path else leaf, params)
 
 
-@pytest.mark.parametrize("remat, scan", [("full", True), ("projections", True), ("none", False), ("projections", False)])
+@pytest.mark.parametrize(
+    "remat, scan", [("full", True), ("projections", True), ("offload", True), ("none", False), ("projections", False)]
+)
 def test_what_is_remembered_changes_no_gradient(params, plain, remat, scan):
     loss, gradient = plain(params, batch_of())
     config = StepConfig(dtype="float32", remat=remat, scan_layers=scan)

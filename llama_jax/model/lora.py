@@ -76,14 +76,14 @@ def init_adapter(cfg: ModelConfig, lora: LoraConfig, params: Params | None, key:
     shapes = _layer(cfg, lora, lambda shape, axes: shape)
 
     def init(key: Array) -> dict[str, Any]:
-        layer = {}
+        keys, layer = _fold_in_each(key, len(TARGETS)), {}
         for name, parts in shapes.items():
             bound = math.prod(parts["a"][1:]) ** -0.5
-            a = jax.random.uniform(jax.random.fold_in(key, TARGETS.index(name)), parts["a"], minval=-bound, maxval=bound)
+            a = jax.random.uniform(keys[TARGETS.index(name)], parts["a"], minval=-bound, maxval=bound)
             layer[name] = {"a": a, "b": jnp.zeros(parts["b"])}
         return layer
 
-    stacked = {"layers": jax.vmap(init)(_layer_keys(key, cfg.num_layers))}
+    stacked = {"layers": jax.vmap(init)(_fold_in_each(key, cfg.num_layers))}
     adapter = stacked if scan else unstack_layers(stacked)
     if not lora.dora:
         return adapter
@@ -125,26 +125,27 @@ def merge_adapter(cfg: ModelConfig, params: Params, adapter: Params, lora: LoraC
 class LayerAdapter:
     """What Block calls for its products: those of one layer's weights and adapters."""
 
-    def __init__(self, lora: LoraConfig, adapter: Mapping[str, Adapter], key: Array | None):
-        """key: of this layer's dropout; None for none."""
-        self._lora, self._adapter, self._key = lora, adapter, key
+    def __init__(self, lora: LoraConfig, adapter: Mapping[str, Adapter], seed: Array | None):
+        """seed: of this layer's dropout, uint32 [2]; None for none."""
+        self._lora, self._adapter, self._seed = lora, adapter, seed
 
     def __call__(self, equations: Mapping[str, str], x: Array, weights: list[Array | QArray]) -> tuple[Array, ...]:
         """equations: by the weights' names."""
-        keys = None
-        if self._key is not None:
-            keys = [jax.random.fold_in(self._key, TARGETS.index(name)) for name in equations]
+        seeds = None
+        if self._seed is not None:
+            seeds = [self._seed + jnp.array([0, TARGETS.index(name)], jnp.uint32) for name in equations]
         adapters = [self._adapter.get(name) for name in equations]
-        return project_adapted(tuple(equations.values()), x, weights, adapters, self._lora.scale, self._lora.dropout, keys)
+        return project_adapted(tuple(equations.values()), x, weights, adapters, self._lora.scale, self._lora.dropout, seeds)
 
 
-def layer_keys(lora: LoraConfig, key: Array | None, num_layers: int) -> Array | None:
-    """Keys [L] of the layers' dropout; None when there is none."""
-    return None if key is None or not lora.dropout else _layer_keys(key, num_layers)
+def layer_seeds(lora: LoraConfig, key: Array | None, num_layers: int) -> Array | None:
+    """Seeds [L, 2] of the layers' dropout; None when there is none."""
+    return None if key is None or not lora.dropout else jax.random.bits(key, (num_layers, 2), jnp.uint32)
 
 
-def _layer_keys(key: Array, num_layers: int) -> Array:
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_layers))
+def _fold_in_each(key: Array, count: int) -> Array:
+    """Keys [count], of 0, 1, ..."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from llama_jax.config import ModelConfig
 from llama_jax.model.block import Block
 from llama_jax.model.cache import KVCache
-from llama_jax.model.lora import LayerAdapter, LoraConfig, layer_keys
+from llama_jax.model.lora import LayerAdapter, LoraConfig, layer_seeds
 from llama_jax.model.params import Params
 from llama_jax.ops.attention import MASKED
 from llama_jax.ops.linear import QArray, lookup, project
@@ -94,19 +94,19 @@ def train_states(
     cos, sin = rope_angles(cfg, positions, tokens.shape[1])
 
     def layer(x: Array, inputs: tuple[Params, Params | None, Array | None]) -> tuple[Array, None]:
-        weights, layer_adapter, key = inputs
-        block = Block(cfg, adapted=LayerAdapter(lora, layer_adapter, key) if layer_adapter else None, kernels=kernels)
+        weights, layer_adapter, seed = inputs
+        block = Block(cfg, adapted=LayerAdapter(lora, layer_adapter, seed) if layer_adapter else None, kernels=kernels)
         return block.apply({"params": weights}, x, positions, cos, sin, None, segment_ids)[0], None
 
     scanned = not isinstance(params["layers"], list)
     layer = _rematerialised(layer, remat, prevent_cse=not scanned)  # a scan's body cannot be merged with another anyway
     x = embed(params, tokens, dtype)
     adapters = adapter["layers"] if adapter else None
-    keys = layer_keys(lora, dropout_key, cfg.num_layers) if adapter else None
+    seeds = layer_seeds(lora, dropout_key, cfg.num_layers) if adapter else None
     if scanned:
-        return jax.lax.scan(layer, x, (params["layers"], adapters, keys))[0]
+        return jax.lax.scan(layer, x, (params["layers"], adapters, seeds))[0]
     for i, weights in enumerate(params["layers"]):
-        x, _ = layer(x, (weights, adapters and adapters[i], None if keys is None else keys[i]))
+        x, _ = layer(x, (weights, adapters and adapters[i], None if seeds is None else seeds[i]))
     return x
 
 

@@ -22,7 +22,7 @@ def project_adapted(
     adapters: Sequence[Adapter | None],
     scale: float,
     dropout: float,
-    keys: Sequence[Array] | None,
+    seeds: Sequence[Array] | None,
 ) -> tuple[Array, ...]:
     """`project_each` with W x + scale * B A dropout(x) in the place of W x (Hu et al. 2021, arXiv:2106.09685, equation 3).
 
@@ -32,15 +32,15 @@ def project_adapted(
     Args:
         adapters: one per weight, None where there is none.
         dropout: rate at which inputs of A are zero, the others being divided by what is left; each weight draws its own.
-        keys: one per weight; None for no dropout (evaluation).
+        seeds: one per weight, uint32 [2]; None for no dropout (evaluation).
     """
-    dropping = keys is not None and dropout > 0
+    dropping = seeds is not None and dropout > 0
     adapted = [i for i, adapter in enumerate(adapters) if adapter is not None]
     down = tuple(_factors(equations[i])[0] for i in adapted)
     if dropping:
         products = project_each(equations, x, weights)
         whole = constrain(x, *(ACTIVATION_AXES[letter] for letter in equations[0].split(",")[0]))
-        dropped = [_drop(whole, dropout, keys[i]) for i in adapted]
+        dropped = [_drop(whole, dropout, seeds[i]) for i in adapted]
         low = [project(equation, each, adapters[i]["a"]) for equation, each, i in zip(down, dropped, adapted, strict=True)]
     else:
         both = project_each((*equations, *down), x, (*weights, *(adapters[i]["a"] for i in adapted)))
@@ -64,8 +64,24 @@ def _factors(equation: str) -> tuple[str, str]:
     return f"{x},R{inputs}->BTR", f"BTR,{outputs}R->{y}"
 
 
-def _drop(x: Array, rate: float, key: Array) -> Array:
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+def _drop(x: Array, rate: float, seed: Array) -> Array:
+    """x with a share of it zero and the rest divided by what is left.
+
+    Which is decided by a hash of each value's place, the same on every mesh. jax.random would cost ten times the arithmetic,
+    and half a second of compilation for each weight of each unrolled layer (XLA:CPU).
+    """
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    bits = _mix(_mix(place + seed[0]) ^ _mix(seed[1]))
+    return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), x / (1 - rate), 0)
+
+
+def _mix(bits: Array) -> Array:
+    """MurmurHash3's finaliser (Appleby 2011, fmix32): a permutation of 32 bits in which each one changes half of the others."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def _row_scale(equation: str, weight: Array | QArray, adapter: Adapter, scale: float, dtype: jnp.dtype) -> Array:

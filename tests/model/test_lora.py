@@ -55,14 +55,15 @@ def stacked(kind: str = "float32") -> Params:
 @functools.cache
 def adapter_of(lora: LoraConfig) -> Params:
     """Layers stacked; B is not zero, and magnitudes are not the weights'."""
-    rng = np.random.default_rng(2)
-
-    def moved(path: tuple, leaf: jax.Array) -> jax.Array:
-        if path[-1].key == "magnitude":
-            return leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        return leaf if path[-1].key == "a" else jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) / 8
-
-    return jax.tree.map_with_path(moved, new_adapter(CFG, lora, stacked(), jax.random.key(1), scan=True))
+    rng, layers = np.random.default_rng(2), {}
+    for target, parts in adapter_shapes(CFG, lora, scan=True)["layers"].items():
+        inputs = math.prod(parts["a"].shape[2:])
+        made = {"a": rng.uniform(-1, 1, parts["a"].shape) * inputs**-0.5, "b": rng.normal(size=parts["b"].shape) / 8}
+        if lora.dora:
+            norms = np.linalg.norm(values(target, stacked()["layers"][target]), axis=-1)
+            made["magnitude"] = norms.reshape(parts["magnitude"].shape) * rng.uniform(0.5, 1.5, parts["magnitude"].shape)
+        layers[target] = {part: jnp.asarray(array, jnp.float32) for part, array in made.items()}
+    return {"layers": layers}
 
 
 def run(params, adapter, lora=LORA, key=None, dtype="float32") -> jax.Array:

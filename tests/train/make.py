@@ -54,9 +54,9 @@ def config_of(module: ModuleType, preset: str = "tiny", **settings: Any) -> ml_c
     return config
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """In this process, on one device."""
-    run_recipe(read_recipe(config), epath.Path(workdir), "python -m train.main", jax.devices()[:1])
+def run(config: ml_collections.ConfigDict, workdir: Path, devices: int = 1) -> None:
+    """In this process, on so many of its devices."""
+    run_recipe(read_recipe(config), epath.Path(workdir), "python -m train.main", jax.devices()[:devices])
 
 
 def command(workdir: Path, name: str = "pretrain", preset: str = "tiny", **settings: Any) -> list[str]:

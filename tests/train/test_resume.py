@@ -2,12 +2,15 @@
 
 import json
 import random
+import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from configs import pretrain
 from llama_jax.errors import ExitCode, LlamaError
+from tests.processes import Processes, free_port
 from tests.train.make import (
     MODEL,
     command,
@@ -34,7 +37,7 @@ def settings(tmp_path_factory):
     model = {f"model__{name}": value for name, value in MODEL.items()}
     return dict(
         model, data__train=str(data), tokenizer=str(tokenizer), data__workers=1, train__steps=STEPS, train__batch_size=2,
-        train__length=48, train__dtype="float32", optimizer__warmup_steps=2, save__every=EVERY, save__keep=3, eval__every=0,
+        train__length=48, train__dtype="float32", optimizer__warmup_steps=2, save__every=EVERY, save__keep=5, eval__every=0,
         log__tensorboard=False,
     )  # fmt: skip
 
@@ -109,7 +112,7 @@ def test_a_finished_run_started_again_does_nothing(half, settings):
     [
         (dict(train__batch_size=4), "train.batch_size is 2 in the checkpoint and 4 in the config"),
         (dict(optimizer__peak_lr=1e-5), "optimizer.peak_lr is 0.003 in the checkpoint and 1e-05 in the config"),
-        (dict(optimizer__name="lion"), "optimizer.name is 'adamw' in the checkpoint and 'lion' in the config"),
+        (dict(optimizer__name="lion"), "optimizer.name is adamw in the checkpoint and lion in the config"),
         (dict(train__seed=1), "train.seed is 0 in the checkpoint and 1 in the config"),
         (dict(model__mlp_dim=96), "model.mlp_dim is 80 in the checkpoint and 96 in the config"),
     ],
@@ -118,5 +121,52 @@ def test_a_changed_setting_is_refused_by_name_and_nothing_is_touched(half, setti
     before = sorted(path.name for path in (half / "checkpoints").iterdir())
     with pytest.raises(LlamaError, match="cannot be gone on from") as caught:
         run(half_config(settings, **changes), half)
-    assert name in str(caught.value) and "another --workdir and --config.init_from" in str(caught.value)
+    assert name in str(caught.value) and "and another --workdir" in str(caught.value)
     assert sorted(path.name for path in (half / "checkpoints").iterdir()) == before
+
+
+# The same run in another form, from the middle on
+
+
+@pytest.fixture
+def middle(whole, tmp_path):
+    """A copy of the whole run in which only the checkpoint of its middle, and those before it, are left."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    for step in (workdir / "checkpoints").iterdir():
+        if int(step.name) > STEPS // 2:
+            shutil.rmtree(step)
+    return workdir
+
+
+def assert_the_same(workdir, whole):
+    """Losses of the steps made anew, and the parameters at the end."""
+    assert [line["step"] for line in lines(workdir)] == list(range(1, STEPS + 1))
+    for name, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5), ("learning_rate", 0), ("targets", 0)):
+        ours, wanted = ([line[name] for line in numbers(folder)] for folder in (workdir, whole))
+        np.testing.assert_allclose(ours, wanted, rtol=tolerance, err_msg=name)
+    ours, wanted = stored(workdir), stored(whole)
+    assert ours.keys() == wanted.keys()
+    for name in (name for name in wanted if name.startswith("params/")):
+        a, b = (np.frombuffer(arrays[name], np.float32) for arrays in (ours, wanted))
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices"),
+    [(dict(train__scan_layers="true"), 1), (dict(mesh__fsdp=2, mesh__tensor=2), 4)],
+    ids=["scanned", "four devices"],
+)
+def test_a_run_goes_on_in_another_form(settings, whole, middle, changes, devices):
+    run(config_of(pretrain, **settings | changes), middle, devices)
+    assert_the_same(middle, whole)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_two_processes(settings, whole, middle):
+    arguments, port = command(middle, **settings)[1:], free_port()
+    job = [[*arguments, f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"] for i in range(2)]
+    with Processes(job, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}) as processes:
+        assert processes.wait(240) == [0, 0], processes[0].stderr + processes[1].stderr
+        assert "going on" in processes[0].stderr and processes[1].stderr.count("step ") == 0
+    assert_the_same(middle, whole)

@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PROMPT ?= Once upon a time
 
-.PHONY: sample test test-fast test-aot lint dev aot clean
+.PHONY: sample chat test test-fast test-aot bundled lint dev aot clean
 
 sample: $(VENV)/core
 	@$(BIN)/python -m infer.sample --config=configs/sample.py --prompt "$(PROMPT)"
+
+chat: $(VENV)/core
+	@$(BIN)/python -m infer.chat --config=configs/chat.py
 
 test: lint $(VENV)/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10 -m "not aot" $(ARGS)
@@ -20,6 +23,15 @@ test-fast: $(VENV)/dev
 # Compiles the real programs for TPU slices and GPUs that are not here.
 test-aot: aot
 	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -m aot --durations 0 -rsP tests/aot $(ARGS)
+
+# The model that ships, from nothing: hours on 2 cores; bundled/on_gpu.sh does it in minutes.
+bundled: $(VENV)/core
+	$(BIN)/python -m bundled.make_data --output build/bundled/data
+	$(BIN)/python -m train.main --config=configs/bundled.py:pretrain --workdir=build/bundled/pretrain
+	$(BIN)/python -m train.main --config=configs/bundled.py:sft --workdir=build/bundled/sft
+	$(BIN)/python -m bundled.publish --run build/bundled/sft --output bundled/checkpoint --overwrite
+	$(BIN)/python -m bundled.judge --checkpoint bundled/checkpoint --json bundled/judgement.json --page docs/bundled_model.md \
+	    --runs build/bundled/pretrain build/bundled/sft
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

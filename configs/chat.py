@@ -3,12 +3,12 @@
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from configs.sample import mesh, sampling
+from configs.sample import BUNDLED, mesh, sampling
 
 
 def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
-    c.checkpoint = placeholder(str)  # a directory made by llama_jax.convert from a chat or instruct model
+    c.checkpoint = BUNDLED  # made by llama_jax.convert from a chat or instruct model, or a training run's WORKDIR
     c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
     c.dtype = "auto"  # of weights, activations and cache: auto (as stored), bfloat16, float32, float16
     c.quantize = ""  # int8: weights rounded to 8 bits

@@ -1,5 +1,5 @@
-"""Pretraining: python -m train.main --config=configs/pretrain.py:tiny --workdir=DIR --config.data.train=FILE
---config.tokenizer=FILE --config.train.steps=100
+"""Pretraining: python -m train.main --config=configs/pretrain.py:llama2_7b --workdir=DIR --config.data.train=FILES
+--config.tokenizer=tokenizer.model
 
 The preset after the colon is a model of llama_jax.config.PRESETS, with the hyperparameters that its paper trained it with
 (Touvron et al. 2023, arXiv:2302.13971, section 2.3 and table 2; arXiv:2307.09288, section 2.2; Dubey et al. 2024,
@@ -11,6 +11,7 @@ import dataclasses
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from configs.sample import BUNDLED
 from llama_jax.config import PRESETS
 
 BATCH_TOKENS = 4 * 2**20
@@ -45,7 +46,8 @@ def get_config(preset: str = "llama2_7b") -> ml_collections.ConfigDict:
     c.eval = evaluation(every=1000)
     c.log = dict(tensorboard=True, wandb="", report_seconds=60.0)  # wandb: the name of a project
     c.profile = ""  # "20-22": a trace of these steps in WORKDIR/profile
-    if preset == "tiny":
+    if preset == "tiny":  # with the tokenizer that ships with the repository
+        c.tokenizer, c.model.vocab_size = BUNDLED, 2048
         c.train.update(steps=200, batch_size=8, length=128)
         c.optimizer.update(peak_lr=3e-3, warmup_steps=20)
         c.save.every = c.eval.every = 100

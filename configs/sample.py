@@ -3,7 +3,7 @@
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-BUNDLED = "bundled/checkpoint"  # the small story model that ships with the repository
+BUNDLED = "bundled/checkpoint"  # the small model that ships with the repository
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -101,8 +101,8 @@ def test_every_fine_tuning_recipe_runs_from_a_checkpoint(recipe, pretrained, fil
 def test_the_published_batches_are_of_four_million_tokens(preset):
     config = pretrain.get_config(preset)
     recipe_model, train = PRESETS[preset], config.train
-    assert dict(config.model) == {**vars(recipe_model)}
     if preset != "tiny":
+        assert dict(config.model) == {**vars(recipe_model)}
         assert train.batch_size * train.length == 4 * 2**20
         assert train.length <= recipe_model.max_length
         assert train.steps > 0
@@ -165,9 +165,9 @@ def test_an_adapter_needs_a_model():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(train__lenght=3), ["train.lenght", "length"]),
+        (dict(train__lenght=3), ["lenght", "length"]),
         (dict(data__train="nowhere.jsonl", tokenizer="bundled/checkpoint"), ["nowhere.jsonl"]),
-        (dict(data__train="README.md"), ["tokenizer"]),
+        (dict(data__train="README.md", tokenizer="nowhere"), ["no tokenizer at nowhere"]),
         (dict(data__train="README.md", tokenizer="bundled/checkpoint", train__length=512), ["512", "context"]),
     ],
 )

@@ -159,8 +159,8 @@ def cache_bytes(request: PlanRequest, mesh: MeshShape) -> int:
 def saved_bytes(request: PlanRequest, mesh: MeshShape) -> float:
     """What all layers keep for the backward pass: L x b x T x bytes per token, by remat policy.
 
-    full: a layer's input, D c / t. projections: also the results of the projections, q, k, v, o, gate and up, and from splash
-    attention its result (twice: the kernel's own copy) and log-sum-exp. none: everything (layer_values).
+    full: a layer's input, D c / t. projections: also the results of the projections, q, k, v, o, gate and up, of attention
+    (from splash attention twice: the kernel's own copy), and the kernels' log-sum-exp. none: everything (layer_values).
     """
     cfg, c, t = request.config, request.itemsize, mesh.tensor
     if request.remat == "none":
@@ -169,7 +169,8 @@ def saved_bytes(request: PlanRequest, mesh: MeshShape) -> float:
         per_token = width(request, mesh) * c
         if request.remat == "projections":
             kv = 2 * cfg.num_kv_heads / shards("kv_heads", cfg.num_kv_heads, mesh)
-            heads = (3 if has_flash_attention(request) else 1) * cfg.num_heads / t + kv
+            copies = 2 if request.topology.chip.is_tpu and has_flash_attention(request) else 1
+            heads = (1 + copies) * cfg.num_heads / t + kv
             per_token += c * (heads * cfg.head_dim + 2 * cfg.mlp_dim / t + width(request, mesh)) + FLOAT32 * cfg.num_heads / t
     return cfg.num_layers * request.rows(mesh) * request.length * per_token
 
@@ -202,8 +203,14 @@ def score_bytes(request: PlanRequest, mesh: MeshShape) -> float:
 
 
 def has_flash_attention(request: PlanRequest) -> bool:
-    """Whether scores of whole sequences are never held: splash attention, on TPUs, where it supports the sizes."""
-    return request.topology.chip.is_tpu and request.length % 128 == 0 and request.config.head_dim % 64 == 0
+    """Whether scores of whole sequences are never held: by splash attention on TPUs and flash attention on GPUs, where they
+    support the sizes; GPUs on which it does not work (llama_jax.ops.kernels.probe) hold them."""
+    length, head_dim = request.length, request.config.head_dim
+    if request.dtype == "float32":
+        return False
+    if request.topology.chip.is_tpu:
+        return length % 128 == 0 and head_dim % 64 == 0
+    return length % 128 == 0 and head_dim in (64, 128)
 
 
 def layer_bytes(request: PlanRequest, mesh: MeshShape) -> float:

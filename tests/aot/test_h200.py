@@ -1,11 +1,13 @@
 """Real programs, compiled for an H200 that is not here."""
 
 import importlib.util
+import math
 
 import pytest
 
 from llama_jax.config import PRESETS
 from llama_jax.mesh import MeshShape
+from llama_jax.plan.hlo import Instruction
 from tests.aot.cases import compiled, copies
 
 pytestmark = [
@@ -15,6 +17,15 @@ pytestmark = [
         reason="jax's CUDA plugin is not installed; make test-aot installs it",
     ),
 ]
+
+
+def attention_kernels(program: list[Instruction]) -> int:
+    return sum(i.opcode == "custom-call" and "__gpu$xla.gpu.triton" in i.operands for i in program)
+
+
+def scores(program: list[Instruction], elements: int) -> list[str]:
+    """Arrays as large as the scores of one sequence, in whatever shape: nothing else in these programs is."""
+    return [str(i) for i in program if any(math.prod(shape) >= elements for _, shape in i.arrays)]
 
 
 def test_decode_of_7b_copies_no_cache_and_no_weight():
@@ -37,3 +48,19 @@ def test_training_of_7b_on_a_node_gathers_weights_twice_and_scatters_float32_gra
     scattered = [dtype for i in program if i.opcode == "reduce-scatter" for dtype, shape in i.arrays if len(shape) > 1]
     assert set(scattered) == {"f32"} and len(scattered) // 2 >= 7 * cfg.num_layers + 2
     assert not [i for i in program if i.opcode == "all-reduce" and i.nbytes > 2**20]
+    assert attention_kernels(program) == 4 * cfg.num_layers  # forward, again, dq, dk and dv
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("full", 4), ("projections", 3)])
+def test_training_of_1b_holds_no_scores_and_saves_attention_by_name(remat, kernels):
+    cfg, length = PRESETS["llama3_2_1b"], 4096
+    *_, program = compiled("llama3_2_1b", "h200", "train", MeshShape(), batch=4, length=length, remat=remat)
+    assert not scores(program, cfg.num_heads * length**2)
+    assert attention_kernels(program) == kernels * cfg.num_layers
+
+
+def test_prefill_of_13b_uses_the_kernel():
+    cfg, length = PRESETS["llama2_13b"], 2048
+    *_, program = compiled("llama2_13b", "h200", "prefill", MeshShape(), batch=2, length=length)
+    assert not scores(program, cfg.num_heads * length**2)
+    assert attention_kernels(program) == cfg.num_layers

@@ -119,12 +119,15 @@ def test_each_remat_policy_keeps_what_jax_says_it_saves():
         assert saved_bytes(request, MeshShape(fsdp=2, tensor=2)) == 32 * 1024 * expected, remat
 
 
-def test_plain_attention_holds_scores_and_splash_does_not():
-    tpu, gpu = (make_request("llama2_7b", name, "train", batch=4) for name in ("v5p-8", "h200-4"))
-    assert has_flash_attention(tpu) and not has_flash_attention(gpu)
-    assert layer_values(gpu, ONE) - layer_values(tpu, ONE) == score_bytes(gpu, ONE) == (4 + 2) * 4096 * 32
-    assert not has_flash_attention(make_request("llama2_7b", "v5p-8", "train", length=1000))
-    assert not has_flash_attention(make_request("tiny", "v5p-8", "train", length=128))
+def test_plain_attention_holds_scores_and_the_kernels_do_not():
+    kernel, plain = (make_request("llama2_7b", "h200-4", "train", batch=4, length=T) for T in (4096, 4000))
+    assert has_flash_attention(kernel) and not has_flash_attention(plain)
+    assert layer_values(plain, ONE) - layer_values(kernel, ONE) == score_bytes(plain, ONE) == (4 + 2) * 4000 * 32
+    for chip in ("v5p-8", "h200-4"):
+        assert has_flash_attention(make_request("llama2_7b", chip, "train"))
+        assert not has_flash_attention(make_request("llama2_7b", chip, "train", length=1000))
+        assert not has_flash_attention(make_request("llama2_7b", chip, "train", dtype="float32"))
+        assert not has_flash_attention(make_request("tiny", chip, "train", length=128))
 
 
 def test_a_sequence_that_tensor_does_not_divide_is_whole_between_layers():

@@ -16,13 +16,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ["-m", "train.bench"]
 TINYLLAMA = ["--config=configs/train_bench.py:tinyllama_1b", "--config.parts=False", "--config.train.length=2048"]
-SEVEN = ["--config=configs/train_bench.py:llama2_7b", "--config.parts=False", "--config.train.length=4096"]
+SEVEN = [
+    "--config=configs/train_bench.py:llama2_7b",
+    "--config.parts=False",
+    "--config.train.length=4096",
+    "--config.train.remat=full",
+]
 LORA = ["--config.lora.rank=16", "--config.lora.base_dtype=bfloat16", "--config.documents=8"]
 PARTS: dict[str, tuple[list[str], int]] = {  # arguments of python, seconds
     "attention": (["benchmarks/gpu_attention.py", "85"], 110),
     "tinyllama_none": ([*BENCH, *TINYLLAMA, "--config.train.batch_size=8", "--config.train.remat=none"], 130),
     "tinyllama_projections": ([*BENCH, *TINYLLAMA, "--config.train.batch_size=16", "--config.train.remat=projections"], 130),
-    "lora_7b": ([*BENCH, *SEVEN, *LORA, "--config.train.batch_size=4", "--config.train.remat=projections"], 100),
+    "lora_7b": ([*BENCH, *SEVEN, *LORA, "--config.train.batch_size=2", "--config.train.scan_layers=true"], 100),
 }
 STEPS = """
 import json, sys

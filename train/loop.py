@@ -129,6 +129,7 @@ class _Reader:
             f"{values['param_norm']:.4g}; its documents: {self._documents(step)}"
         )
         if self._run.step_config.nonfinite == "stop":
+            self._run.saver.wait()
             latest = self._run.saver.latest()
             where = "there is no checkpoint yet" if latest is None else f"the last checkpoint is that of step {latest:,}"
             raise LlamaError(

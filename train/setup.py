@@ -105,21 +105,13 @@ def prepare(recipe: Recipe, workdir: epath.Path, command: str, devices: Sequence
         LlamaError: something the recipe names is missing, does not fit together, or is not what WORKDIR was begun with.
     """
     opened = open_weights(recipe.init_from) if recipe.init_from else None
-    cfg = changed(opened.config, recipe.model) if opened else ModelConfig(**recipe.model)
+    cfg = _model(recipe, opened)
     run = recipe.run
-    if run.length > cfg.max_length:
-        raise LlamaError(
-            ExitCode.BAD_CONFIG,
-            f"train.length is {run.length:,} and the model's context {cfg.max_length:,}: shorten it, or raise model.max_length",
-        )
     shape = resolve_mesh(cfg, recipe.mesh, len(devices or jax.devices()), batch_size=run.batch_size // recipe.step.accumulate)
     mesh = make_mesh(shape, devices)
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    scan = on_tpu if recipe.scan_layers is None else recipe.scan_layers
-    kernels = choose_attention(recipe.attention, jax.local_devices()[0], cfg.head_dim, distributed.note)
-    step_config = dataclasses.replace(recipe.step, scan_layers=scan, kernels=kernels)
+    step_config = _step_config(recipe, cfg, mesh)
     form = step_config.form(recipe.lora, recipe.base_dtype, recipe.quantize)
-    tokenizer, files = _tokenizer(recipe, opened, workdir)
+    tokenizer, files = _tokenizer(recipe, opened, cfg)
     chat_format = recipe.data.chat_format or (chat_format_of_weights(opened, tokenizer) if opened else "")
     open_data = functools.partial(_open_data, recipe, cfg, tokenizer, chat_format, workdir)
     dataset = open_data(recipe.data.train)
@@ -127,7 +119,8 @@ def prepare(recipe: Recipe, workdir: epath.Path, command: str, devices: Sequence
     steps = run.steps or max(1, round(run.epochs * len(dataset) / run.batch_size))
     optimizer = make_optimizer(dataclasses.replace(recipe.optimizer, total_steps=steps), trained_axes(cfg, form))
     layout = state_layout(cfg, optimizer, form, mesh=mesh)
-    identity = _identity(recipe, dataset, steps)
+    adapter = adapter_record(recipe.lora, opened) if recipe.lora.rank else None
+    identity = _identity(recipe, dataset, steps) | ({"lora.base's weights": adapter["base_fingerprint"]} if adapter else {})
     saver = Saver(
         workdir,
         layout,
@@ -137,14 +130,13 @@ def prepare(recipe: Recipe, workdir: epath.Path, command: str, devices: Sequence
         chat_format=chat_format,
         source={"kind": "trained", "path": recipe.init_from or "random parameters", "files": []},
         command=command,
-        adapter=adapter_record(recipe.lora, opened) if recipe.lora.rank else None,
+        adapter=adapter,
     )
     going_on = saver.latest() is not None
+    params = initial_params(opened, cfg, form, mesh=mesh) if opened and (recipe.lora.rank or not going_on) else None
     if going_on:
-        base = initial_params(opened, cfg, form, mesh=mesh) if recipe.lora.rank else None
-        state, _ = restore(workdir, layout, identity=identity, base=base)
+        state, _ = restore(workdir, layout, identity=identity, base=params)
     else:
-        params = initial_params(opened, cfg, form, mesh=mesh) if opened else None
         state = init_state(cfg, optimizer, jax.random.key(run.seed), form, mesh=mesh, params=params)
     kind = dict(lora=recipe.lora, base_dtype=recipe.base_dtype, quantize=recipe.quantize)
     return Run(
@@ -167,6 +159,24 @@ def prepare(recipe: Recipe, workdir: epath.Path, command: str, devices: Sequence
     )
 
 
+def _model(recipe: Recipe, opened: Checkpoint | Source | None) -> ModelConfig:
+    cfg = changed(opened.config, recipe.model) if opened else ModelConfig(**recipe.model)
+    if recipe.run.length > cfg.max_length:
+        raise LlamaError(
+            ExitCode.BAD_CONFIG,
+            f"train.length is {recipe.run.length:,} and the model's context {cfg.max_length:,}: shorten it, or raise "
+            "model.max_length",
+        )
+    return cfg
+
+
+def _step_config(recipe: Recipe, cfg: ModelConfig, mesh: Mesh) -> StepConfig:
+    """What depends on the devices: scanned layers, and whether the attention kernel works."""
+    scan = mesh.devices.flat[0].platform == "tpu" if recipe.scan_layers is None else recipe.scan_layers
+    kernels = choose_attention(recipe.attention, jax.local_devices()[0], cfg.head_dim, distributed.note)
+    return dataclasses.replace(recipe.step, scan_layers=scan, kernels=kernels)
+
+
 def _identity(recipe: Recipe, dataset: PackedDataset, steps: int) -> dict[str, Any]:
     """What a run that goes on must have as it was: all that decides which numbers come out."""
     names = ("batch_size", "length", "seed")
@@ -177,21 +187,23 @@ def _identity(recipe: Recipe, dataset: PackedDataset, steps: int) -> dict[str, A
     return found | {"the data (files, packing, tokenizer)": dataset.fingerprint}
 
 
-def _tokenizer(
-    recipe: Recipe, opened: Checkpoint | Source | None, workdir: epath.Path
-) -> tuple[Tokenizer | None, Sequence[Path]]:
+def _tokenizer(recipe: Recipe, opened: Checkpoint | Source | None, cfg: ModelConfig) -> tuple[Tokenizer, Sequence[Path]]:
     """The tokenizer, and its files, which go into every checkpoint."""
     if recipe.tokenizer:
         tokenizer = load_tokenizer(recipe.tokenizer)
-        return tokenizer, tokenizer.files()
-    if opened is None:
+    elif opened is None:
         raise LlamaError(
             ExitCode.BAD_TOKENIZER, "there is no tokenizer: --config.tokenizer=FILE names one (a tokenizer.model, a folder)"
         )
-    tokenizer = tokenizer_of(opened)
-    if tokenizer is None:
+    elif (tokenizer := tokenizer_of(opened)) is None:
         raise LlamaError(ExitCode.BAD_TOKENIZER, f"{recipe.init_from} has no tokenizer: --config.tokenizer=FILE names one")
-    if isinstance(opened, Checkpoint):
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise LlamaError(
+            ExitCode.VOCAB_MISMATCH,
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {cfg.vocab_size:,}: take the model's own, or, for a "
+            f"model from nothing, --config.model.vocab_size={tokenizer.vocab_size}",
+        )
+    if not recipe.tokenizer and isinstance(opened, Checkpoint):  # it was read from copies of these
         return tokenizer, [opened.path / name for name in opened.tokenizer]
     return tokenizer, tokenizer.files()
 

@@ -168,6 +168,10 @@ def test_an_adapter_needs_a_model():
         (dict(train__lenght=3), ["lenght", "length"]),
         (dict(data__train="nowhere.jsonl", tokenizer="bundled/checkpoint"), ["nowhere.jsonl"]),
         (dict(data__train="README.md", tokenizer="nowhere"), ["no tokenizer at nowhere"]),
+        (
+            dict(data__train="README.md", model__vocab_size=320),
+            ["2,048 tokens", "--config.model.vocab_size=2048"],
+        ),
         (dict(data__train="README.md", tokenizer="bundled/checkpoint", train__length=512), ["512", "context"]),
     ],
 )

@@ -11,13 +11,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import PRESETS
 from llama_jax.mesh import MeshShape, cache_heads
 from llama_jax.ops.attention import attend_causal
+from llama_jax.ops.loss import LOGITS_BYTES
 from llama_jax.plan.compile import compiler_devices
 from llama_jax.plan.hlo import instructions
 from llama_jax.plan.topology import parse_topology
-from tests.aot.cases import compiled, copies
+from tests.aot.cases import COMPILE_SECONDS, compiled, copies
 
 pytest.importorskip("libtpu", reason="libtpu is not installed; make test-aot installs it")
 pytestmark = pytest.mark.aot
+SLOW = 240  # seconds: 80 unrolled layers with a kernel each, and meshes of 256 devices, take libtpu longer than the others
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_decode(model, topology, mesh, batch, length, quantize):
 
 def test_prefill_of_70b_uses_splash_attention_and_gathers_no_weight():
     cfg = PRESETS["llama2_70b"]
-    _, report, program = compiled("llama2_70b", "v5p-16", "prefill", MeshShape(tensor=8), batch=1, length=2048)
+    _, report, program = compiled("llama2_70b", "v5p-16", "prefill", MeshShape(tensor=8), batch=1, length=2048, seconds=SLOW)
     kernels = [i for i in program if i.opcode == "custom-call" and "splash" in i.name]
     assert len(kernels) == cfg.num_layers
     activations = 2048 * cfg.embed_dim * 2
@@ -65,7 +67,8 @@ def test_prefill_of_70b_uses_splash_attention_and_gathers_no_weight():
 )
 def test_training(model, topology, mesh, batch):
     cfg = PRESETS[model]
-    _, report, program = compiled(model, topology, "train", mesh, batch=batch, length=4096)
+    seconds = SLOW if topology == "v6e-256" else COMPILE_SECONDS
+    _, report, program = compiled(model, topology, "train", mesh, batch=batch, length=4096, seconds=seconds)
     D, F, H, t = cfg.embed_dim, cfg.mlp_dim, cfg.head_dim, mesh.tensor
     N, K, V = cfg.num_heads // t, cfg.num_kv_heads // t, cfg.vocab_size // t
     sizes = sorted([N * H * D, K * H * D, K * H * D, D * N * H, F // t * D, F // t * D, D * F // t] * 2 + [V * D] * 2)
@@ -77,7 +80,7 @@ def test_training(model, topology, mesh, batch):
     summed = [i for i in program if i.opcode == "all-reduce" and "all-reduce-scatter" not in i.computation]
     assert not [str(i) for i in summed for dtype, shape in i.arrays if dtype == "f32" and math.prod(shape) in sizes]
     held = [str(i) for i in program for dtype, shape in i.arrays if dtype == "f32" and math.prod(shape) == tokens * V]
-    assert not held  # logits of all tokens
+    assert not held or tokens * V * 4 <= LOGITS_BYTES  # logits of all tokens, where they are more than one chunk
     assert any(i.opcode == "custom-call" and "splash" in i.name for i in program)
     assert report.alias_bytes > 0.99 * report.argument_bytes  # the old state's memory is the new one's
 

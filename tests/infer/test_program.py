@@ -102,5 +102,7 @@ def test_a_bias_that_is_no_pairs_is_refused(text):
 
 
 def test_a_program_without_a_checkpoint_says_so():
+    config = chat.get_config()
+    config.checkpoint = ""
     with pytest.raises(LlamaError, match=r"no checkpoint: --config\.checkpoint=DIR"):
-        program.load(chat.get_config())
+        program.load(config)

@@ -235,6 +235,7 @@ def alone() -> tuple[jax.Array, Params]:
     return gradient(adapter_of(DORA), stacked(), DORA, KEY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_name", [None, "2x2x2"])
 def test_layers_in_a_list_and_a_mesh_give_the_same_gradient_dropout_and_all(alone, mesh_name):
     mesh, scan = (None, False) if mesh_name is None else (mesh_of(mesh_name), True)

@@ -83,6 +83,7 @@ def test_what_a_run_leaves_generates_text_and_scores_as_its_evaluation_did(pretr
     assert total / count == pytest.approx(lines(pretrained, "eval.jsonl")[-1]["held_out/loss"], rel=5e-3)  # bfloat16 there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [sft, lora, qlora], ids=["sft", "lora", "qlora"])
 def test_every_fine_tuning_recipe_runs_from_a_checkpoint(recipe, pretrained, files, tmp_path):
     config = config_of(

@@ -19,6 +19,8 @@ from llama_jax.training.step import StepConfig, make_eval_step, make_train_step
 from llama_jax.training.weights import combine, without_frozen
 from tests.training.make import CFG, OPTIMIZER, T, assert_trees_close, batch_of, params_on, training_mesh
 
+pytestmark = pytest.mark.slow  # a minute on 2 cores, of which nearly all is compiling
+
 FREEZE = ("embedding", "layers[.].*_norm", "layers.q_proj")
 CONFIG = StepConfig(dtype="float32", freeze=FREEZE, ema_decay=0.75, z_loss=1e-3, nonfinite="skip")
 LORA = LoraConfig(rank=4, dropout=0.25)

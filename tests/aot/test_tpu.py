@@ -79,8 +79,13 @@ def test_training(model, topology, mesh, batch):
     # A reduce-scatter that XLA:TPU runs itself stands as an all-reduce in a function of that name.
     summed = [i for i in program if i.opcode == "all-reduce" and "all-reduce-scatter" not in i.computation]
     assert not [str(i) for i in summed for dtype, shape in i.arrays if dtype == "f32" and math.prod(shape) in sizes]
-    held = [str(i) for i in program for dtype, shape in i.arrays if dtype == "f32" and math.prod(shape) == tokens * V]
-    assert not held or tokens * V * 4 <= LOGITS_BYTES  # logits of all tokens, where they are more than one chunk
+    logits = [
+        str(i)
+        for i in program
+        for dtype, shape in i.arrays
+        if dtype == "f32" and shape[-1:] == (V,) and math.prod(shape) == tokens * V
+    ]
+    assert not logits or tokens * V * 4 <= LOGITS_BYTES  # of all tokens, where they are more than one chunk
     assert any(i.opcode == "custom-call" and "splash" in i.name for i in program)
     assert report.alias_bytes > 0.99 * report.argument_bytes  # the old state's memory is the new one's
 

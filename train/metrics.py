@@ -33,13 +33,13 @@ class Log:
         self._steps = steps
         if not distributed.is_main():
             return
+        if config.wandb:  # first: it may not be installed, and nothing is open yet
+            self._writers.append(_WandB(config.wandb, workdir, settings))
+        if config.tensorboard:
+            self._writers.append(_TensorBoard(workdir / "tensorboard", first_step))
         for name in (METRICS, EVALS):
             _drop_later(workdir / name, first_step)
             self._files[name] = (workdir / name).open("a")
-        if config.tensorboard:
-            self._writers.append(_TensorBoard(workdir / "tensorboard", first_step))
-        if config.wandb:
-            self._writers.append(_WandB(config.wandb, workdir, settings))
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
 

@@ -10,6 +10,8 @@ import pytest
 # A TPU multiplies float32 in bfloat16 unless told otherwise (jax-ml/jax#1856): parity at 1e-5 would be lost.
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 8)
+# What an earlier run has kept is not compiled, and what the compiler would have said of it not heard.
+jax.config.update("jax_enable_compilation_cache", False)
 
 hypothesis.settings.register_profile("llama_jax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("llama_jax")

@@ -23,15 +23,6 @@ from tests.text.make import small_sentencepiece
 CONFIG = meta_tiny(vocab_size=CFG.vocab_size)
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache():
-    """`load` turns the cache of compiled programs on; here it stays off."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", enabled)
-
-
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
     return small_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", CFG.vocab_size)
@@ -204,13 +195,13 @@ def test_a_damaged_array_is_named(tmp_path):
 
 def test_compiled_programs_are_kept_unless_the_user_decided(tmp_path, monkeypatch):
     save(tmp_path / "model")
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         llama_jax.load(tmp_path / "model")
-        assert jax.config.jax_compilation_cache_dir is None  # turned off by the fixture
+        assert jax.config.jax_compilation_cache_dir is None  # turned off in conftest.py
         jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
         llama_jax.load(tmp_path / "model")

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -137,15 +136,6 @@ def test_a_mesh_s_programs_are_compiled_once(spread, greedy):
 
 
 # load
-
-
-@pytest.fixture(autouse=True)
-def no_compilation_cache():
-    """`load` turns the cache of compiled programs on; here it stays off."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 @pytest.fixture(scope="module")

@@ -41,11 +41,11 @@ def checkpoint(folder, tmp_path_factory) -> Path:
 def programs_kept(tmp_path_factory) -> Path:
     """A folder in which compiled programs are kept, so that the command line finds what the library compiled."""
     folder = tmp_path_factory.mktemp("programs")
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     compilation_cache.reset_cache()
-    jax.config.update(names[0], str(folder))
-    jax.config.update(names[1], 0.0)
+    for name, value in zip(names, (True, str(folder), 0.0), strict=True):
+        jax.config.update(name, value)
     yield folder
     for name, value in before.items():
         jax.config.update(name, value)

@@ -1,0 +1,28 @@
+"""Generation speed: python -m infer.bench --config=configs/bench.py:tinyllama_1b
+
+The preset is a model of llama_jax.config.PRESETS with random weights; prompts are random, too.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from configs.sample import mesh, sampling
+from llama_jax.config import PRESETS
+
+
+def get_config(preset: str = "stories110m") -> ml_collections.ConfigDict:
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    c = ml_collections.ConfigDict()
+    c.model = dataclasses.asdict(PRESETS[preset])
+    c.dtype = "bfloat16"  # of weights, activations and cache: bfloat16, float32, float16
+    c.quantize = ""  # int8: weights rounded to 8 bits
+    c.mesh = mesh()
+    c.batch_sizes = (1, 8)  # one line of output each
+    c.prompt_length = min(512, PRESETS[preset].max_length // 2)
+    c.context = 0  # tokens the cache has room for; 0: the least power of two that holds prompt and timed steps
+    c.steps = 64  # decode steps timed, 8 at a time
+    c.sampling = sampling()
+    c.sampling.temperature = 0.0  # greedy
+    return c

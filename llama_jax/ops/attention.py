@@ -11,6 +11,7 @@ from llama_jax.sharding import per_device
 
 # Finite, so that a row that may look nowhere stays finite (a softmax of all -inf is NaN and spreads through the batch).
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+QUERIES, MOST_BLOCKS = 128, 8  # queries of a block at least, and blocks at most: every one is code of its own
 
 
 def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None, *, kernels: bool = True) -> Array:
@@ -21,17 +22,24 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
         k, v: [B, T, K, H], k rotated; N is a multiple of K.
         segment_ids: [B, T] where rows hold several sequences: a token sees its own only.
         kernels: by the kernel of the platform this is compiled for (TPU, CUDA), where it has one for the shape. False, shapes
-            without one, float32, which kernels do not multiply in full, and CPUs: [B, N, T, T] scores are in memory.
+            without one, float32, which kernels do not multiply in full, and CPUs: scores are in memory, of blocks of queries
+            with the keys that one of them may see.
 
     Returns:
         [B, T, N, H] in v's dtype.
     """
 
     def plain(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-        mask = jnp.tril(jnp.ones((q.shape[1],) * 2, bool))[None]
-        if segment_ids is not None:
-            mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-        return checkpoint_name(attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask), "attention")
+        k, v, T = k.swapaxes(1, 2), v.swapaxes(1, 2), q.shape[1]
+        size = max(QUERIES, -(-T // MOST_BLOCKS))
+        blocks = []
+        for first in range(0, T, size):  # of queries; what no query of a block may see is not multiplied
+            last = min(first + size, T)
+            mask = (jnp.arange(last) <= jnp.arange(first, last)[:, None])[None]
+            if segment_ids is not None:
+                mask = mask & (segment_ids[:, first:last, None] == segment_ids[:, None, :last])
+            blocks.append(attend(q[:, first:last], k[:, :, :last], v[:, :, :last], mask))
+        return checkpoint_name(jnp.concatenate(blocks, axis=1), "attention")
 
     heads, kv_heads = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
     known = {"tpu": (splash.attend_splash, splash.supports), "cuda": (flash.attend_flash, flash.supports)}

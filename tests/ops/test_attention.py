@@ -158,6 +158,33 @@ def test_a_segment_of_a_row_is_what_it_is_alone(seed, heads):
             np.testing.assert_allclose(out[b, own], alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("T", [128, 129, 300, 1100], ids=["one block", "one more", "three", "as many as there may be"])
+def test_blocks_of_queries_are_one_sequence(T):
+    """Its gradients, too; segments that begin and end inside blocks."""
+    q, k, v = draw(8, 2, T, 6, 2)
+    np.testing.assert_allclose(compiled_causal(q, k, v), expected(q, k, v), rtol=0, atol=1e-5)
+    ids = np.sort(np.random.default_rng(0).integers(0, 5, (2, T)), axis=1)
+    mask = np.tri(T, dtype=bool) & (ids[:, :, None] == ids[:, None])
+
+    def whole(q, k, v):
+        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+
+    def gradients(f):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2)))(q, k, v)
+
+    np.testing.assert_allclose(compiled_causal(q, k, v, ids), jax.jit(whole)(q, k, v), rtol=0, atol=1e-5)
+    for ours, theirs in zip(gradients(lambda *a: attend_causal(*a, ids)), gradients(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+
+
+def test_scores_that_no_query_may_see_are_not_made():
+    T = 1024
+    q, k, v = draw(9, 1, T, 4, 4)
+    whole = jax.jit(lambda q, k, v: attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), causal(1, T)))
+    ours, theirs = (f.lower(q, k, v).compile().memory_analysis() for f in (compiled_causal, whole))
+    assert ours.temp_size_in_bytes < 0.6 * theirs.temp_size_in_bytes
+
+
 def test_one_segment_is_a_whole_sequence():
     q, k, v = draw(6, 2, 9, 6, 2)
     one = np.full((2, 9), 3, np.int32)

@@ -34,6 +34,7 @@ from llama_jax.model import Params, param_axes, param_shapes
 from llama_jax.model.block import INIT_STDDEV
 from llama_jax.model.quantize import NUM_INPUTS, quantize_axes, quantize_leaf
 from llama_jax.ops.kernels.probe import choose_attention
+from llama_jax.ops.qarray import METHODS
 from llama_jax.plan.timing import linear_params
 from llama_jax.sharding import make_mesh, sharding
 
@@ -90,8 +91,8 @@ def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = 
     prompt, steps, dtype, quantize = (config[name] for name in ("prompt_length", "steps", "dtype", "quantize"))
     if dtype not in floors.OPERANDS or dtype == "int8":
         raise LlamaError(ExitCode.BAD_REQUEST, f"dtype is {dtype!r}, expected bfloat16, float32 or float16")
-    if quantize not in ("", "int8"):
-        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected int8, or nothing")
+    if quantize not in ("", *METHODS):
+        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or nothing")
     if min(prompt, steps, *config["batch_sizes"]) < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, "prompt_length, steps and batch_sizes are numbers from 1 up")
     steps = STEPS * -(-steps // STEPS)
@@ -118,12 +119,12 @@ def random_params(cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str, quantiz
     """Weights made where they lie, one at a time, so that no more than one is ever there unquantised."""
     tensor = mesh.shape["tensor"]
     shapes = param_shapes(cfg, dtype, tensor=tensor)
-    axes = quantize_axes(param_axes(cfg)) if quantize else param_axes(cfg)
+    axes = quantize_axes(param_axes(cfg), quantize) if quantize else param_axes(cfg)
     seeds = itertools.count()
 
     def make(name: str, shape: tuple[int, ...], key: jax.Array) -> Any:
         value = jax.random.normal(key, shape, dtype) * INIT_STDDEV if len(shape) > 1 else jax.numpy.ones(shape, dtype)
-        return quantize_leaf(name, value) if quantize else value
+        return quantize_leaf(name, value, quantize) if quantize else value
 
     @functools.cache
     def compiled(name: str, shape: tuple[int, ...], places: Any) -> Any:
@@ -216,13 +217,15 @@ def _shares(subject: Subject, batch: int, timed: dict[str, float], found: floors
     prefill_rate = flops / timed["first_token_seconds"] / devices
     filled = T + 1 + STEPS * UNCOUNTED + subject.steps // 2  # tokens that the middle one of the timed steps reads
     nbytes = step_bytes(subject, batch, filled)
-    weights = subject.quantize or subject.dtype
     return {
         "prefill_flops_per_second": prefill_rate,
-        "prefill_share": prefill_rate / found.matmul_flops_per_second[subject.dtype],
+        "prefill_share": prefill_rate
+        / found.matmul_flops_per_second[bench_report.multiplied_as(subject.quantize, subject.dtype)],
         "step_bytes": nbytes,
         "step_bytes_per_second": nbytes / timed["step_seconds_least"],
-        "decode_share": nbytes / timed["step_seconds_least"] / found.gemv_bytes_per_second[weights],
+        "decode_share": nbytes
+        / timed["step_seconds_least"]
+        / found.gemv_bytes_per_second[bench_report.read_as(subject.quantize, subject.dtype)],
     }
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from llama_jax.config import ModelConfig
 from llama_jax.mesh import MeshShape, padded_vocab
 from llama_jax.model import Params, param_axes, quantize_axes
-from llama_jax.ops.linear import QArray
+from llama_jax.ops.qarray import QArray
 from llama_jax.sharding import make_mesh, tree_shardings
 
 MESHES = {"8x1x1": MeshShape(8, 1, 1), "1x8x1": MeshShape(1, 8, 1), "1x1x8": MeshShape(1, 1, 8), "2x2x2": MeshShape(2, 2, 2)}

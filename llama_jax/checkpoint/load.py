@@ -22,7 +22,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.mesh import padded_vocab
 from llama_jax.model import Params, param_axes, quantize_axes, quantize_leaf
-from llama_jax.ops.linear import QArray
+from llama_jax.ops.qarray import METHODS, QArray
 from llama_jax.sharding import sharding
 
 THREADS = 4
@@ -37,19 +37,20 @@ def load_params(
 
     Args:
         mesh: where they go, by llama_jax.sharding; the default device when None.
-        quantize: "int8" for projections and head as QArrays; each array is rounded on the devices as soon as it is there.
+        quantize: a method (llama_jax.ops.qarray) for projections and head as QArrays; each array is rounded on the devices as
+            soon as it is there.
         scan: layers as one dict of [L, ...].
 
     Raises:
         LlamaError: an array is missing, damaged, or of another shape than the config says.
     """
-    if quantize not in ("", "int8"):
-        raise LlamaError(ExitCode.BAD_REQUEST, f'quantize is {quantize!r}, expected "" or "int8"')
+    if quantize not in ("", *METHODS):
+        raise LlamaError(ExitCode.BAD_REQUEST, f'quantize is {quantize!r}, expected "" or one of {", ".join(METHODS)}')
     targets = _targets(opened.config, dtype, mesh, scan)
     on_disk = shapes(opened.config)
     tables = {name: on_disk[name] for name in ("embedding", "lm_head")}
     stored = opened.params.__getitem__ if isinstance(opened, Source) else opened.arrays().array
-    then = _rounding(opened.config, mesh, scan) if quantize else None
+    then = _rounding(opened.config, mesh, scan, quantize) if quantize else None
     return to_tree(read_arrays(stored, targets, tables, then=then))
 
 
@@ -166,16 +167,16 @@ def _targets(cfg: ModelConfig, dtype: np.dtype, mesh: Mesh | None, scan: bool) -
     return targets
 
 
-def _rounding(cfg: ModelConfig, mesh: Mesh | None, scan: bool) -> Callable[[str, jax.Array], jax.Array | QArray]:
-    """A function of name and array: the array in int8 where it lies, if it is one of those. The float array can go then."""
-    axes = {} if mesh is None else to_flat(quantize_axes(param_axes(cfg, scan=scan)))
+def _rounding(cfg: ModelConfig, mesh: Mesh | None, scan: bool, method: str) -> Callable[[str, jax.Array], jax.Array | QArray]:
+    """A function of name and array: the array rounded where it lies, if it is one of those. The float array can go then."""
+    axes = {} if mesh is None else to_flat(quantize_axes(param_axes(cfg, scan=scan), method))
 
     def rounded(name: str, array: jax.Array) -> jax.Array | QArray:
-        f = functools.partial(quantize_leaf, leaf_of(name))
+        f = functools.partial(quantize_leaf, leaf_of(name), method=method)
         parts = jax.eval_shape(f, array)
         if not isinstance(parts, QArray):
             return array
-        places = mesh and QArray(*(sharding(mesh, axis, part.shape) for axis, part in zip(axes[name], parts, strict=True)))
-        return jax.block_until_ready(jax.jit(quantize_leaf, static_argnums=0, out_shardings=places)(leaf_of(name), array))
+        places = mesh and type(parts)(*(sharding(mesh, axis, part.shape) for axis, part in zip(axes[name], parts, strict=True)))
+        return jax.block_until_ready(jax.jit(f, out_shardings=places)(array))
 
     return rounded

@@ -21,6 +21,7 @@ from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.llama import Llama
 from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.ops.kernels.probe import choose_attention
+from llama_jax.ops.qarray import METHODS
 from llama_jax.sharding import make_mesh
 from llama_jax.text.chat import chat_format_of
 from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
@@ -51,7 +52,9 @@ def load(
             and holds its own part. None: one device.
         dtype: of weights, activations and cache: bfloat16, float16, float32, or "auto": as stored, except that float16 becomes
             bfloat16, which every accelerator multiplies, and float64 becomes float32.
-        quantize: "int8" rounds projections and head to 8 bits, a scale per output channel (a tied head stays as it is)
+        quantize: how projections and head are rounded (a tied head stays as it is): "int8" or "fp8", 8 bits with a scale per
+            output; "int4", 4 bits with a scale per 128 inputs; "w8a8", int8 whose activations are rounded, too, which a CPU
+            multiplies fastest.
         max_length: tokens of prompt and answer together; the model's context when 0.
         tokenizer: its file or folder, when the checkpoint has none.
         batch_size: the most sequences generated at once; more wait their turn.
@@ -70,8 +73,8 @@ def load(
         raise LlamaError(
             ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
         )
-    if quantize not in (None, "", "int8"):
-        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected int8, or None for none")
+    if quantize not in (None, "", *METHODS):
+        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or None for none")
     if batch_size < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
     if max_length > opened.config.max_length:
@@ -80,6 +83,8 @@ def load(
     devices = _mesh(opened.config, mesh)
     text = tokenizer_of(opened, tokenizer)
     device = jax.local_devices()[0]
+    if device.platform == "cpu" and quantize and quantize != "w8a8":
+        note(f"note: on a CPU {quantize} weights are made float at every step, which is slow: w8a8 is what it multiplies fast")
     return Llama(
         config=opened.config,
         params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize or ""),

@@ -19,8 +19,8 @@ from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model.params import Params, param_axes, param_shapes, unstack_layers
 from llama_jax.model.quantize import NUM_INPUTS
-from llama_jax.ops.linear import QArray
 from llama_jax.ops.lora import Adapter, project_adapted
+from llama_jax.ops.qarray import QArray, dequantize
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -180,7 +180,7 @@ def _per_layer(f: Callable[[Params, Params], dict[str, Any]], weights: Any, adap
 def _merged(weight: Array | QArray, adapter: Adapter, scale: float, num_inputs: int, dtype: DTypeLike) -> Array:
     dtype = dtype if isinstance(weight, QArray) else weight.dtype
     product = jnp.tensordot(adapter["b"], adapter["a"], axes=1, precision=jax.lax.Precision.HIGHEST)
-    total = _as_float(weight, num_inputs) + scale * product
+    total = _as_float(weight) + scale * product
     if "magnitude" in adapter:
         ratio = adapter["magnitude"] / _row_norms(total, num_inputs)
         total *= ratio.reshape(*ratio.shape, *[1] * num_inputs)
@@ -189,12 +189,11 @@ def _merged(weight: Array | QArray, adapter: Adapter, scale: float, num_inputs: 
 
 def _row_norms(weight: Array | QArray, num_inputs: int) -> Array:
     """Euclidean norm over the inputs of each output."""
-    weight = _as_float(weight, num_inputs)
+    weight = _as_float(weight)
     return jnp.sqrt(jnp.sum(jnp.square(weight), axis=tuple(range(weight.ndim - num_inputs, weight.ndim))))
 
 
-def _as_float(weight: Array | QArray, num_inputs: int) -> Array:
+def _as_float(weight: Array | QArray) -> Array:
     if isinstance(weight, QArray):
-        scale = weight.scale.reshape(*weight.scale.shape[:-1], *[1] * num_inputs)
-        return weight.value.astype(jnp.float32) * scale
+        return dequantize(weight, jnp.float32)
     return weight.astype(jnp.float32)

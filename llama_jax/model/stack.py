@@ -14,8 +14,9 @@ from llama_jax.model.cache import KVCache
 from llama_jax.model.lora import LayerAdapter, LoraConfig, layer_seeds
 from llama_jax.model.params import Params
 from llama_jax.ops.attention import MASKED
-from llama_jax.ops.linear import QArray, lookup, project
+from llama_jax.ops.linear import lookup, project
 from llama_jax.ops.norm import rms_norm
+from llama_jax.ops.qarray import QArray
 from llama_jax.ops.rope import rope_angles
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj")

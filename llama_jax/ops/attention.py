@@ -67,6 +67,18 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     Returns:
         [B, T, N, H] in v's dtype. A row that may look nowhere returns the mean of v; leave it out of the loss.
     """
+    if q.dtype == jnp.float32 or q.shape[1] * q.shape[2] != k.shape[1]:
+        return _attend(q, k, v, mask)
+
+    def padded(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        """XLA:CPU has no kernel for one query a head: it would first make keys and values float32."""
+        one_more = tuple(jnp.pad(a, ((0, 0), (0, 1), *[(0, 0)] * (a.ndim - 2))) for a in (q, mask))
+        return _attend(one_more[0], k, v, one_more[1])[:, :1]
+
+    return jax.lax.platform_dependent(q, k, v, mask, cpu=padded, default=_attend)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     B, T, N, H = q.shape
     K = k.shape[1]
     q = q.reshape(B, T, K, N // K, H)

@@ -1,14 +1,15 @@
 """Products with weights: projections, and the lookup of embeddings."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from llama_jax.ops.qarray import QArray, W8A8Array, dequantize, quantize
 from llama_jax.sharding import RULES, constrain, fsdp_is_wide, is_partitioned, mesh_axis_size, per_device, sum_and_scatter
 
 # Logical axes by the letters of einsum equations: what a weight's or an activation's axes are is written once, there.
@@ -20,29 +21,8 @@ ACTIVATION_AXES = GATHERED_AXES | {"B": "batch", "T": "length"}
 RESIDUAL_AXES = ACTIVATION_AXES | {"T": "residual_length"}  # of "BTD": what norms and additions work on
 
 
-class QArray(NamedTuple):
-    """A weight in int8: value * scale, one scale per output channel.
-
-    Attributes:
-        value: [out..., in...] int8, in the place and shape of the float weight.
-        scale: [out..., 1] float32.
-    """
-
-    value: Array
-    scale: Array
-
-
-def quantize(weight: Array, num_inputs: int) -> QArray:
-    """Rounds a weight [out..., in...] to the nearest of 255 levels, symmetric about 0, largest magnitude per output at 127.
-
-    Args:
-        num_inputs: how many of the last axes are inputs.
-    """
-    axes = tuple(range(weight.ndim - num_inputs, weight.ndim))
-    w = weight.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(w), axis=axes, keepdims=True) / 127
-    value = jnp.round(w / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
-    return QArray(value, scale.reshape(*weight.shape[: weight.ndim - num_inputs], 1))
+CPU_ROWS = 4  # that a single one is multiplied as on a CPU
+FEW_ROWS = 8  # up to here a weight whose scales belong to groups of inputs is multiplied group by group
 
 
 def project(equation: str, x: Array, weight: Array | QArray, dtype: DTypeLike | None = None) -> Array:
@@ -56,7 +36,8 @@ def project(equation: str, x: Array, weight: Array | QArray, dtype: DTypeLike | 
     Args:
         equation: einsum equation in the letters of the project, e.g. "BTD,NHD->BTNH"; they say how axes lie on the mesh.
         x: activations.
-        weight: cast to x's dtype; scales of a QArray multiply the sum.
+        weight: cast to x's dtype; scales of a QArray multiply the sum, or a group's part of it. With a W8A8Array x is rounded,
+            too (Dettmers et al. 2022, arXiv:2208.07339, section 2.1: a scale per row), and has no gradient.
         dtype: of the result; x's when not given.
     """
     return project_each((equation,), x, (weight,), dtype)[0]
@@ -66,12 +47,68 @@ def project_each(
     equations: tuple[str, ...], x: Array, weights: Sequence[Array | QArray], dtype: DTypeLike | None = None
 ) -> tuple[Array, ...]:
     """`project` of the same x with several weights; on a mesh x is gathered, and its gradient summed over devices, once."""
-    values = tuple(
-        _gathered(equation, weight.value, x.dtype) if isinstance(weight, QArray) else weight
-        for equation, weight in zip(equations, weights, strict=True)
-    )
-    scales = (weight.scale[..., 0] if isinstance(weight, QArray) else 1 for weight in weights)
+    if any(isinstance(weight, W8A8Array) or _goes_by_group(x, weight) for weight in weights):
+        return tuple(
+            _by_itself(equation, x, w).astype(dtype or x.dtype) for equation, w in zip(equations, weights, strict=True)
+        )
+    values = tuple(_float_value(equation, weight, x.dtype) for equation, weight in zip(equations, weights, strict=True))
+    scales = (weight.scale[..., 0] if isinstance(weight, QArray) and not weight.has_groups else 1 for weight in weights)
     return tuple((y * scale).astype(dtype or x.dtype) for y, scale in zip(_products(equations, x, values), scales, strict=True))
+
+
+def _float_value(equation: str, weight: Array | QArray, dtype: DTypeLike) -> Array:
+    """What x is multiplied with: a weight, or the value of one whose scales multiply the sum."""
+    if not isinstance(weight, QArray):
+        return weight
+    if not weight.has_groups:
+        return _gathered(equation, weight.value, dtype)
+    return dequantize(weight._replace(value=_gathered(equation, weight.value, weight.value.dtype)), dtype)
+
+
+def _goes_by_group(x: Array, weight: Array | QArray) -> bool:
+    return isinstance(weight, QArray) and weight.has_groups and x.shape[0] * x.shape[1] <= FEW_ROWS
+
+
+def _by_itself(equation: str, x: Array, weight: Array | QArray) -> Array:
+    """The float32 product with one weight. Where x is rounded or groups are few, it is not made float as a whole."""
+    if not isinstance(weight, W8A8Array) and not _goes_by_group(x, weight):
+        return project(equation, x, weight, jnp.float32)
+    letters_x, letters_w, letters_y = _letters(equation)
+    x = constrain(x, *_axes(ACTIVATION_AXES, letters_x))
+    value = constrain(weight.value, *_axes(GATHERED_AXES, letters_w))
+    B, T, *inputs = x.shape
+    outputs = weight.scale.shape[:-1]
+    if isinstance(weight, W8A8Array):
+        rows = quantize(x, len(inputs), "int8")
+        sums = _multiplied(equation, rows.value, value).astype(jnp.float32)
+        y = sums * rows.scale.reshape(B, T, *[1] * len(outputs)) * weight.scale[..., 0]
+    else:
+        groups = weight.scale.shape[-1]
+        scale = weight.scale.reshape(-1, 1, groups).T.astype(jnp.float32)  # [G, 1, O]
+        parts = _einsum("MGI,OGI->GMO", x.reshape(B * T, groups, -1), value.reshape(scale.shape[2], groups, -1).astype(x.dtype))
+        y = jnp.sum(parts * scale, axis=0).reshape(B, T, *outputs)
+    return _constrain_activation(y, letters_y)
+
+
+def _multiplied(equation: str, x: Array, weight: Array) -> Array:
+    """The sums; of single tokens, x [B, 1, ...], in the form that XLA:CPU is fast at."""
+    if x.shape[1] != 1:
+        return _einsum(equation, x, weight)
+    return jax.lax.platform_dependent(
+        x, weight, cpu=functools.partial(_multiplied_flat, equation), default=functools.partial(_einsum, equation)
+    )
+
+
+def _multiplied_flat(equation: str, x: Array, weight: Array) -> Array:
+    """Both as matrices, inputs last: with more axes a weight is transposed in memory at every step.
+
+    A single row becomes several: there is a kernel for one of float32 only; otherwise the whole weight is made float32 first.
+    """
+    outputs = weight.shape[: len(_letters(equation)[2]) - 2]
+    rows, matrix = x.reshape(x.shape[0], -1), weight.reshape(math.prod(outputs), -1)
+    if len(rows) == 1 and x.dtype != jnp.float32:
+        rows = jnp.pad(rows, ((0, CPU_ROWS - 1), (0, 0)))
+    return _einsum("MI,OI->MO", rows, matrix)[: x.shape[0]].reshape(*x.shape[:2], *outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,7 +119,7 @@ def _products(equations: tuple[str, ...], x: Array, weights: tuple[Array, ...]) 
 
 
 def _product(equation: str, x: Array, weight: Array) -> Array:
-    y = _einsum(equation, x, _gathered(equation, weight, x.dtype))
+    y = _multiplied(equation, x, _gathered(equation, weight, x.dtype))
     return _constrain_activation(y, _letters(equation)[2])
 
 
@@ -133,17 +170,28 @@ def lookup(table: Array, tokens: Array, dtype: DTypeLike) -> Array:
 
     def look_up(table: Array, tokens: Array) -> Array:
         ids = _local_ids(tokens, table.shape[0])
-        rows = table.at[ids].get(mode="fill", fill_value=0)
+        rows = jax.lax.platform_dependent(table, ids, cpu=_rows_by_bits, default=_rows)
         return jax.lax.psum(rows, RULES["vocab"]) if is_partitioned() else rows
 
     run = per_device(look_up, (("vocab", "act_embed"), ("batch", "length")), ("batch", "length", "act_embed"))
     return _constrain_activation(run(gather_table(table, dtype), tokens), "BTD")
 
 
+def _rows(table: Array, ids: Array) -> Array:
+    return table.at[ids].get(mode="fill", fill_value=0)
+
+
+def _rows_by_bits(table: Array, ids: Array) -> Array:
+    """XLA:CPU would first make a whole table of 16-bit floats float32."""
+    if table.dtype.itemsize != 2:
+        return _rows(table, ids)
+    return jax.lax.bitcast_convert_type(_rows(jax.lax.bitcast_convert_type(table, jnp.uint16), ids), table.dtype)
+
+
 def gather_table(table: Array | QArray, dtype: DTypeLike) -> Array:
     """An embedding or output table [V, D] in a dtype, whole over fsdp, each device keeping its part of the vocabulary."""
     if isinstance(table, QArray):
-        return (constrain(table.value, "vocab", "act_embed") * table.scale).astype(dtype)
+        return dequantize(table._replace(value=constrain(table.value, "vocab", "act_embed")), dtype)
     if table.dtype == dtype:
         return constrain(table, "vocab", "act_embed")
     # The barrier keeps the cast before the gather: XLA:TPU would gather float32 and cast after.
@@ -221,13 +269,15 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
 
 
 def _einsum(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
+    """Summed in float32; in int32 of int8."""
+    sums = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return jnp.einsum(equation, a, b, precision=precision(a.dtype), preferred_element_type=sums)
 
 
 def _gathered(equation: str, weight: Array, dtype: DTypeLike) -> Array:
     """The weight in a dtype, whole over fsdp."""
     names = _axes(GATHERED_AXES, _letters(equation)[1])
-    if jnp.issubdtype(weight.dtype, jnp.integer):  # moved before it is cast, in one byte
+    if weight.dtype.itemsize == 1:  # moved before it is cast
         return constrain(weight, *names).astype(dtype)
     return constrain(weight.astype(dtype), *names)
 

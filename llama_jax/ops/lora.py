@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from llama_jax.ops.linear import ACTIVATION_AXES, GATHERED_AXES, QArray, precision, project, project_each
+from llama_jax.ops.linear import ACTIVATION_AXES, GATHERED_AXES, precision, project, project_each
+from llama_jax.ops.qarray import QArray
 from llama_jax.sharding import constrain
 
 Adapter = Mapping[str, Array]

@@ -14,9 +14,10 @@ from llama_jax.config import ModelConfig
 from llama_jax.data.batch import BATCH_AXES, Batch
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model import REMAT_POLICIES, LoraConfig, Params, head, train_states
-from llama_jax.ops.linear import QArray, gather_table
+from llama_jax.ops.linear import gather_table
 from llama_jax.ops.loss import cross_entropy
 from llama_jax.ops.norm import rms_norm
+from llama_jax.ops.qarray import QArray
 from llama_jax.sharding import constrain
 from llama_jax.training.optimizer import Optimizer
 from llama_jax.training.state import (

@@ -21,7 +21,7 @@ from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import Checkpoint, to_flat, to_tree
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model import param_axes, param_shapes, quantize_params, stack_layers
-from llama_jax.ops.linear import QArray
+from llama_jax.ops.qarray import QArray
 from llama_jax.sharding import sharding
 from tests.checkpoint.make import Params, meta_tiny, random_params, write_huggingface, write_llama2c, write_meta
 from tests.checkpoint.mesh import run

@@ -16,6 +16,7 @@ from llama_jax.checkpoint.save import Leaf, save_checkpoint
 from llama_jax.checkpoint.store import DTYPES, Checkpoint, to_tree
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.load import CACHE_DIR
+from llama_jax.ops.qarray import METHODS
 from tests.checkpoint.make import meta_tiny, random_params, write_huggingface, write_meta
 from tests.generation.make import CFG, tokenizer_of
 from tests.text.make import small_sentencepiece
@@ -213,3 +214,22 @@ def test_compiled_programs_are_kept_unless_the_user_decided(tmp_path, monkeypatc
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_rounded_by_every_method_wherever_they_lie(method, tmp_path, capsys):
+    save(tmp_path / "model")
+    alone = llama_jax.load(tmp_path / "model", quantize=method)
+    spread = llama_jax.load(tmp_path / "model", quantize=method, mesh={"data": 8})
+    assert type(alone.params["layers"][0]["q_proj"]) is type(spread.params["layers"][0]["q_proj"])
+    assert alone.params["layers"][0]["q_proj"].value.dtype == METHODS[method][0]
+    jax.tree.map(np.testing.assert_array_equal, alone.params, spread.params)
+    np.testing.assert_allclose(alone.logits([[1, 2, 3]]), spread.logits([[1, 2, 3]]), rtol=0, atol=1e-4)
+    assert ("w8a8 is what it multiplies fast" in capsys.readouterr().err) == (method != "w8a8")
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path):
+    save(tmp_path / "model")
+    with pytest.raises(LlamaError, match="quantize is 'int3', expected int8, w8a8, int4, fp8, or None") as error:
+        llama_jax.load(tmp_path / "model", quantize="int3")
+    assert error.value.code == ExitCode.BAD_REQUEST

@@ -10,7 +10,7 @@ from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.request import Settings
 from llama_jax.mesh import MeshShape
-from llama_jax.ops.linear import QArray
+from llama_jax.ops.qarray import QArray
 from tests.generation.make import CFG, counting_compilations, full_logprobs, ids, tokenizer_of
 from tests.generation.test_load import save
 from tests.make_mesh import MESHES, mesh_of, place, without_rematerialisation

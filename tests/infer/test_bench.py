@@ -13,7 +13,7 @@ from infer.floors import Floors, measure_floors
 from llama_jax.config import PRESETS
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model import param_shapes
-from llama_jax.ops.linear import QArray
+from llama_jax.ops.qarray import QArray
 
 TINY = PRESETS["tiny"]
 FLOORS = Floors(1e9, {"float32": 4e9, "int8": 8e9}, {"float32": 1e8, "int8": 2e8})

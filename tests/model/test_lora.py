@@ -30,7 +30,7 @@ from llama_jax.model import (
 )
 from llama_jax.model.lora import TARGETS, LayerAdapter, layer_seeds
 from llama_jax.model.quantize import NUM_INPUTS
-from llama_jax.ops.linear import QArray
+from llama_jax.ops.qarray import QArray
 from llama_jax.sharding import tree_shardings
 from tests.make_mesh import mesh_of, on, without_rematerialisation
 from tests.model.make import params_of, tokens_of

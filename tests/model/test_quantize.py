@@ -7,7 +7,7 @@ import pytest
 
 from llama_jax.model import forward, param_axes, quantize_axes, quantize_params, stack_layers
 from llama_jax.model.quantize import NUM_INPUTS
-from llama_jax.ops.linear import QArray
+from llama_jax.ops.qarray import QArray
 from llama_jax.sharding import spec
 from tests.model.make import CONFIGS, TINY, params_of, tokens_of
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.ops.linear import QArray, lookup, project, project_each, quantize
+from llama_jax.ops.linear import lookup, project, project_each
+from llama_jax.ops.qarray import QArray, quantize
 from tests.make_mesh import MESHES, mesh_of, on, products, without_rematerialisation
 
 EQUATIONS = {  # shapes of x and weight, [out..., in...]; B 2, T 3, D 48, N 6, H 10, K 2, F 80, V 32

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from llama_jax import sharding
-from llama_jax.ops.linear import QArray, quantize
 from llama_jax.ops.lora import project_adapted
+from llama_jax.ops.qarray import QArray, quantize
 from llama_jax.plan.hlo import instructions
 from tests.make_mesh import mesh_of, products
 

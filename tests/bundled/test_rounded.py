@@ -1,0 +1,48 @@
+"""What rounding costs the bundled model and stories260K: the KL divergence from the float model's next tokens, in nats."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llama_jax
+from bundled.measure import held_out_stories
+from configs.sample import BUNDLED
+
+ROOT = Path(__file__).resolve().parents[2]
+# Measured: 2.6e-6, 4.9e-5, 1.3e-5, 6.8e-4; and of stories260K, which is 64 wide, 3.4e-4, 9.6e-4, 5.0e-3, 9.7e-2.
+BUNDLED_MOST = {"int8": 1e-5, "w8a8": 2e-4, "fp8": 1e-4, "int4": 3e-3}
+STORIES260K_MOST = {"int8": 1e-3, "w8a8": 2e-3, "fp8": 1e-2, "int4": 0.2}
+
+
+def log_probabilities(llama: llama_jax.Llama, rows: list[list[int]]) -> np.ndarray:
+    logits = np.concatenate([llama.logits([row])[0] for row in rows]).astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def divergence(checkpoint: Path, rows: list[list[int]], method: str) -> float:
+    exact = log_probabilities(llama_jax.load(checkpoint, dtype="float32"), rows)
+    rounded = log_probabilities(llama_jax.load(checkpoint, dtype="float32", quantize=method), rows)
+    return float(np.mean(np.sum(np.exp(exact) * (exact - rounded), axis=-1)))
+
+
+@pytest.mark.parametrize("method", BUNDLED_MOST)
+def test_the_bundled_model_rounded_says_nearly_the_same(method):
+    tokenizer = llama_jax.load(ROOT / BUNDLED).tokenizer
+    rows = [tokenizer.encode(told.text, bos=True)[:256] for told in held_out_stories(6)]
+    found = divergence(ROOT / BUNDLED, rows, method)
+    print(f"{method}: {found:.2e} nats")
+    assert 0 < found < BUNDLED_MOST[method]
+
+
+@pytest.mark.parametrize("method", STORIES260K_MOST)
+def test_stories260k_rounded_says_nearly_the_same(shared, method):
+    folder = shared / "checkpoints" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    llama = llama_jax.load(folder / "meta", dtype="float32")
+    rows = [list(llama.generate([[1]], temperature=0.8, seed=seed, max_new_tokens=200)[0].tokens) for seed in range(3)]
+    found = divergence(folder / "meta", [[1, *row] for row in rows], method)
+    print(f"{method}: {found:.2e} nats")
+    assert 0 < found < STORIES260K_MOST[method]

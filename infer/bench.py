@@ -3,8 +3,8 @@
     python -m infer.bench --config=configs/bench.py:tinyllama_1b [--compare FILE] [--plot bench.png]
 
 Prints a line of JSON for each batch size; `> FILE` keeps them for --compare. The floors (infer.floors) are measured in the same
-process: `prefill_share` is the rate of the prompt's FLOPs over that of the bare products, `decode_share` the bytes a step must
-read (weights, and the filled part of the cache) per second over the rate at which weights can be read by a product.
+process: `prefill_share` is the rate of the prompt's FLOPs over that of the bare products; `decode_share` is `floor_seconds`, in
+which products of one row could read what a step must (weights, and the filled part of the cache), over the step's seconds.
 """
 
 import dataclasses
@@ -217,30 +217,36 @@ def _shares(subject: Subject, batch: int, timed: dict[str, float], found: floors
     prefill_rate = flops / timed["first_token_seconds"] / devices
     filled = T + 1 + STEPS * UNCOUNTED + subject.steps // 2  # tokens that the middle one of the timed steps reads
     nbytes = step_bytes(subject, batch, filled)
+    floor = sum(size / found.gemv_bytes_per_second[dtype] for dtype, size in nbytes.items())
+    multiplied = "int8" if subject.quantize == "w8a8" else subject.dtype
     return {
         "prefill_flops_per_second": prefill_rate,
-        "prefill_share": prefill_rate
-        / found.matmul_flops_per_second[bench_report.multiplied_as(subject.quantize, subject.dtype)],
-        "step_bytes": nbytes,
-        "step_bytes_per_second": nbytes / timed["step_seconds_least"],
-        "decode_share": nbytes
-        / timed["step_seconds_least"]
-        / found.gemv_bytes_per_second[bench_report.read_as(subject.quantize, subject.dtype)],
+        "prefill_share": prefill_rate / found.matmul_flops_per_second[multiplied],
+        "step_bytes": sum(nbytes.values()),
+        "step_bytes_per_second": sum(nbytes.values()) / timed["step_seconds_least"],
+        "floor_seconds": floor,
+        "decode_share": floor / timed["step_seconds_least"],
     }
 
 
-def step_bytes(subject: Subject, batch: int, filled: int) -> int:
-    """Bytes that one device must read in a decode step: its weights but for the embedding's table, its rows' filled cache."""
+def step_bytes(subject: Subject, batch: int, filled: int) -> dict[str, int]:
+    """Bytes that one device must read in a decode step: its weights but for the embedding's table, its rows' filled cache.
+
+    By the dtype of the product that could read them: "int8" for weights in 8 bits or fewer.
+    """
     device = subject.mesh.local_devices[0]
     read = {k: v for k, v in subject.params.items() if k != "embedding" or subject.cfg.tied_head}
-    shards = (s for leaf in jax.tree.leaves(read) for s in leaf.addressable_shards if s.device == device)
-    weights = sum(s.data.nbytes for s in shards)
+    nbytes = {subject.dtype: 0, "int8": 0}
+    for leaf in jax.tree.leaves(read):
+        size = sum(shard.data.size for shard in leaf.addressable_shards if shard.device == device)
+        bits = jax.dtypes.itemsize_bits(leaf.dtype)
+        nbytes["int8" if bits <= 8 else subject.dtype] += size * bits // 8
     cfg, mesh = subject.cfg, subject.mesh.shape
     heads = -(-cfg.num_kv_heads // mesh["tensor"])
     rows = -(-batch // (mesh["data"] * mesh["fsdp"]))
-    return (
-        weights + 2 * cfg.num_layers * rows * heads * filled * cfg.head_dim * np.dtype(floors.OPERANDS[subject.dtype]).itemsize
-    )
+    values = 2 * cfg.num_layers * rows * heads * filled * cfg.head_dim
+    nbytes[subject.dtype] += values * np.dtype(floors.OPERANDS[subject.dtype]).itemsize
+    return {dtype: size for dtype, size in nbytes.items() if size}
 
 
 def matrices(cfg: ModelConfig) -> list[tuple[int, int]]:

@@ -73,28 +73,12 @@ def plot(lines: Sequence[Line], path: str) -> None:
 
 def roof(line: Line) -> float:
     """Tokens/s if a step took no longer than its bytes, or its products, at the measured rates."""
-    floors = line["floors"]
-    reading = line["step_bytes"] / floors["gemv_bytes_per_second"][read_as(line["quantize"], line["dtype"])]
+    rate = line["floors"]["matmul_flops_per_second"]["int8" if line["quantize"] == "w8a8" else line["dtype"]]
     devices = 1
     for size in line["mesh"].values():
         devices *= size
-    multiplying = (
-        2
-        * line["model_parameters"]
-        * line["batch"]
-        / devices
-        / floors["matmul_flops_per_second"][multiplied_as(line["quantize"], line["dtype"])]
-    )
-    return line["batch"] / max(reading, multiplying)
-
-
-def read_as(quantize: str, dtype: str) -> str:
-    """The dtype of the measured product that reads weights as fast as those could be read."""
-    return "int8" if quantize else dtype
-
-
-def multiplied_as(quantize: str, dtype: str) -> str:
-    return "int8" if quantize == "w8a8" else dtype
+    multiplying = 2 * line["model_parameters"] * line["batch"] / devices / rate
+    return line["batch"] / max(line["floor_seconds"], multiplying)
 
 
 def _key(line: Line) -> str:

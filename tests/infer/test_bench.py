@@ -47,7 +47,7 @@ def test_a_line_says_what_was_timed_in_numbers_that_agree(lines):
         assert line["step_seconds"] >= line["step_seconds_least"] > 0 and line["first_token_seconds"] > 0
         assert line["tokens_per_second"] == pytest.approx(batch / line["step_seconds"])
         assert line["prefill_tokens_per_second"] == pytest.approx(batch * 20 / line["first_token_seconds"])
-        assert line["decode_share"] == pytest.approx(line["step_bytes"] / line["step_seconds_least"] / 1e8)
+        assert line["decode_share"] == pytest.approx(line["step_bytes"] / 1e8 / line["step_seconds_least"])
         assert line["prefill_share"] == pytest.approx(line["prefill_flops_per_second"] / 4e9)
         # 20 tokens of the prompt, one chosen from it, 16 before the clock starts, and half of 8.
         cache = 2 * TINY.num_layers * batch * TINY.num_kv_heads * TINY.head_dim * 41 * 4
@@ -67,7 +67,8 @@ def test_int8_weights_are_counted_as_they_lie():
     weights = sum(o * i + 4 * o for o, i in bench.matrices(TINY)) * TINY.num_layers
     head = (TINY.embed_dim + 4) * TINY.vocab_size
     norms = 4 * TINY.embed_dim * (2 * TINY.num_layers + 1)
-    assert bench.step_bytes(subject, 1, 0) == weights + head + norms
+    scales = 4 * (sum(o for o, _ in bench.matrices(TINY)) * TINY.num_layers + TINY.vocab_size)
+    assert bench.step_bytes(subject, 1, 0) == {"float32": scales + norms, "int8": weights + head - scales}
 
 
 def test_weights_are_divided_over_the_mesh():
@@ -75,7 +76,14 @@ def test_weights_are_divided_over_the_mesh():
     whole = subject_of(8, model=model, mesh=dict(data=8, fsdp=1, tensor=1, dcn_data=1))
     parts = subject_of(8, model=model, mesh=dict(data=1, fsdp=1, tensor=8, dcn_data=1))
     norms = 4 * TINY.embed_dim * (2 * TINY.num_layers + 1)
-    assert bench.step_bytes(parts, 8, 10) - norms == pytest.approx((bench.step_bytes(whole, 64, 10) - norms) / 8)
+    (parts,), (whole,) = bench.step_bytes(parts, 8, 10).values(), bench.step_bytes(whole, 64, 10).values()
+    assert parts - norms == pytest.approx((whole - norms) / 8)
+
+
+def test_four_bits_are_half_a_byte():
+    subject = subject_of(quantize="int4")
+    values = sum(o * i for o, i in bench.matrices(TINY)) * TINY.num_layers + TINY.vocab_size * TINY.embed_dim
+    assert bench.step_bytes(subject, 1, 0)["int8"] == values // 2
 
 
 def test_random_weights_have_the_models_shapes_and_differ():
@@ -135,8 +143,8 @@ def test_a_file_of_something_else_is_refused(text, tmp_path):
 
 
 def test_the_roof_is_the_slower_of_bytes_and_products(lines):
-    line = dict(lines[0], step_bytes=1e6, model_parameters=1e6, batch=1)
-    assert bench_report.roof(line) == pytest.approx(100)  # 1e6 bytes at 1e8 a second; products take 0.5 ms
+    line = dict(lines[0], floor_seconds=0.01, model_parameters=1e6, batch=1)
+    assert bench_report.roof(line) == pytest.approx(100)  # of 10 ms; products take 0.5 ms
     assert bench_report.roof(line | {"batch": 100}) == pytest.approx(2000)  # 2e8 FLOPs at 4e9 a second
 
 

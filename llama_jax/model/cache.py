@@ -53,18 +53,13 @@ def _write_batch(slots: Array, new: Array, start: Array) -> Array:
 
 
 def _write_rows(slots: Array, new: Array, start: Array) -> Array:
-    """Row by row: the batched form is a scatter, for which XLA:CPU copies the cache. 16-bit floats go as their bits: it would
-    make them float32, and back, the whole cache at every step."""
-    dtype = slots.dtype
-    if dtype.itemsize == 2:
-        slots, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (slots, new))
+    """Row by row: the batched form is a scatter, for which XLA:CPU copies the cache (and turns bfloat16 into float32)."""
 
     def write_row(b: Array, slots: Array) -> Array:
         return jax.lax.dynamic_update_slice(slots, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, start[b], 0))
 
     # The end is no constant: XLA would unroll a loop over one row, and copy the cache again.
-    slots = jax.lax.fori_loop(0, jnp.where(start[0] < 0, 0, slots.shape[0]), write_row, slots)
-    return jax.lax.bitcast_convert_type(slots, dtype) if dtype.itemsize == 2 else slots
+    return jax.lax.fori_loop(0, jnp.where(start[0] < 0, 0, slots.shape[0]), write_row, slots)
 
 
 def grow_cache(cache: KVCache, length: int) -> KVCache:

@@ -114,10 +114,10 @@ def int8_is_rounded_where_it_lies(folder: str) -> None:
     together = []
     quantize_leaf = loading.quantize_leaf
 
-    def watched(leaf: str, weight: Any) -> Any:
+    def watched(leaf: str, weight: Any, method: str) -> Any:
         floats = [array for array in jax.live_arrays() if array.dtype == np.float32 and array.nbytes > 10_000]
         together.append(sum(array.shape in {(8, 8, 64), (4, 8, 64), (64, 8, 8), (96, 64), (64, 96)} for array in floats))
-        return quantize_leaf(leaf, weight)
+        return quantize_leaf(leaf, weight, method)
 
     expected = to_flat(jax.tree.map(np.asarray, whole))
     loading.quantize_leaf = watched
@@ -229,5 +229,5 @@ def test_more_layers_than_there_are_are_refused(small):
 
 
 def test_an_unknown_quantisation_is_refused(small):
-    with pytest.raises(LlamaError, match=r'quantize is \'int4\', expected "" or "int8"'):
-        load_params(Checkpoint.open(small / "ours"), np.dtype(np.float32), quantize="int4")
+    with pytest.raises(LlamaError, match=r'quantize is \'int3\', expected "" or one of int8, w8a8, int4, fp8'):
+        load_params(Checkpoint.open(small / "ours"), np.dtype(np.float32), quantize="int3")

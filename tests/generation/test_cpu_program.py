@@ -1,4 +1,4 @@
-"""What XLA:CPU makes of a decode step: weights and cache are read as they lie, in the dtype they have."""
+"""What XLA:CPU makes of a decode step: weights are read as they lie, in the dtype they have."""
 
 import dataclasses
 import math
@@ -38,14 +38,12 @@ def touched(program, opcodes: tuple[str, ...], sizes: set[int], dtypes: tuple[st
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("cfg", [MHA, GQA], ids=["one key head per query head", "grouped"])
 @pytest.mark.parametrize("method", ["", "w8a8"])
-def test_no_weight_and_no_cache_is_made_wider_or_moved(cfg, batch, method):
+def test_no_weight_is_made_wider_or_moved(cfg, batch, method):
     params = params_of(cfg, jnp.bfloat16)
     params = jax.jit(quantize_params, static_argnums=1)(params, method) if method else params
     weights = {leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1 and leaf.shape[-1] > 1}
-    cache = batch * cfg.num_kv_heads * CACHE_LENGTH * cfg.head_dim
     found = decode_program(cfg, params, batch)
-    assert any(i.opcode == "dynamic-update-slice" for i in found)
-    assert not touched(found, ("convert",), weights | {cache}, ("f32", "s32"))
+    assert not touched(found, ("convert",), weights, ("f32", "s32"))
     assert not touched(found, ("copy", "transpose"), weights, ("bf16", "s8", "f32"))
 
 

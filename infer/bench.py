@@ -66,8 +66,8 @@ class Subject:
 def main() -> None:
     """Prints a line for each batch size."""
     config = CONFIG.value
-    subject = make_subject(config.to_dict())
     before = bench_report.read_lines(COMPARE.value) if COMPARE.value else []
+    subject = make_subject(config.to_dict())
     lines = []
     for line in measure(subject, config.batch_sizes):
         lines.append(line)
@@ -108,6 +108,11 @@ def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = 
         raise LlamaError(ExitCode.BAD_REQUEST, f"context is {context:,}, and the model's is {cfg.max_length:,}: lower it")
     devices = jax.devices() if devices is None else devices
     mesh = make_mesh(resolve_mesh(cfg, MeshShape(**config["mesh"]), len(devices)), devices)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if any(batch % shards for batch in config["batch_sizes"]):
+        raise LlamaError(
+            ExitCode.BAD_REQUEST, f"batch_sizes are {config['batch_sizes']}, expected multiples of data * fsdp, {shards}"
+        )
     device = mesh.devices.flat[0]
     kernels = dtype == "float32" or choose_attention("auto", device, cfg.head_dim, lambda line: print(line, file=sys.stderr))
     asked = Settings(max_new_tokens=needed - prompt, **{k: v for k, v in config["sampling"].items() if k != "logit_bias"})

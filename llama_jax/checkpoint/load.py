@@ -177,6 +177,7 @@ def _rounding(cfg: ModelConfig, mesh: Mesh | None, scan: bool, method: str) -> C
         if not isinstance(parts, QArray):
             return array
         places = mesh and type(parts)(*(sharding(mesh, axis, part.shape) for axis, part in zip(axes[name], parts, strict=True)))
-        return jax.block_until_ready(jax.jit(f, out_shardings=places)(array))
+        compiled = jax.jit(quantize_leaf, static_argnums=(0, 2), out_shardings=places)  # once for the layers' equal weights
+        return jax.block_until_ready(compiled(leaf_of(name), array, method))
 
     return rounded

@@ -233,3 +233,11 @@ def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(LlamaError, match="quantize is 'int3', expected int8, w8a8, int4, fp8, or None") as error:
         llama_jax.load(tmp_path / "model", quantize="int3")
     assert error.value.code == ExitCode.BAD_REQUEST
+
+
+def test_layers_are_rounded_by_one_program_per_weight(tmp_path, caplog):
+    save(tmp_path / "model")
+    with jax.log_compiles():
+        llama_jax.load(tmp_path / "model", quantize="fp8")
+    compiled = [line for line in caplog.messages if "quantize_leaf" in line and line.startswith("Compiling")]
+    assert 0 < len(compiled) <= 8  # q, k, v, o, gate, up, down, head; there are three layers

@@ -73,7 +73,7 @@ def test_int8_weights_are_counted_as_they_lie():
 
 def test_weights_are_divided_over_the_mesh():
     model = dataclasses.asdict(dataclasses.replace(TINY, num_heads=8, num_kv_heads=8))
-    whole = subject_of(8, model=model, mesh=dict(data=8, fsdp=1, tensor=1, dcn_data=1))
+    whole = subject_of(8, model=model, batch_sizes=(8,), mesh=dict(data=8, fsdp=1, tensor=1, dcn_data=1))
     parts = subject_of(8, model=model, mesh=dict(data=1, fsdp=1, tensor=8, dcn_data=1))
     norms = 4 * TINY.embed_dim * (2 * TINY.num_layers + 1)
     (parts,), (whole,) = bench.step_bytes(parts, 8, 10).values(), bench.step_bytes(whole, 64, 10).values()
@@ -116,6 +116,11 @@ def test_settings_that_cannot_be_are_refused(changes, words):
     with pytest.raises(LlamaError, match=words) as refused:
         subject_of(**changes)
     assert refused.value.code == ExitCode.BAD_REQUEST
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused():
+    with pytest.raises(LlamaError, match="multiples of data"):
+        subject_of(8, mesh=dict(data=8, fsdp=1, tensor=1, dcn_data=1))
 
 
 def test_a_preset_that_is_not_there_is_named():

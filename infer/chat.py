@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from typing import Any
 
+import llama_jax
 from infer import program
 from llama_jax import distributed
 from llama_jax.errors import ExitCode, LlamaError
@@ -30,6 +31,7 @@ class Conversation:
         self._settings = settings
         self.system = system
         self.turns: list[dict[str, str]] = []
+        self._session = llama_jax.Session()
 
     def reset(self, system: str | None = None) -> None:
         self.turns = []
@@ -44,7 +46,7 @@ class Conversation:
         turns = [*self.turns, {"role": "user", "content": text}]
         try:
             turns = self._trimmed(turns)
-            pieces = self._llama.stream_chat(self._messages(turns), self._settings)
+            pieces = self._llama.stream_chat(self._messages(turns), self._settings, session=self._session)
             answer = []
             try:
                 for piece in pieces:

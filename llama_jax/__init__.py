@@ -11,11 +11,12 @@ __version__ = "0.1.0"
 _LAZY = {
     "load": "llama_jax.generation.load",
     "Llama": "llama_jax.generation.llama",
+    "Session": "llama_jax.generation.llama",
     "Settings": "llama_jax.generation.request",
     "Completion": "llama_jax.generation.answer",
     "LlamaError": "llama_jax.errors",
 }
-__all__ = ["Completion", "Llama", "LlamaError", "Settings", "load"]
+__all__ = ["Completion", "Llama", "LlamaError", "Session", "Settings", "load"]
 
 
 def __getattr__(name: str) -> Any:

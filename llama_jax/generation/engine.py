@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from llama_jax.config import ModelConfig
 from llama_jax.generation import programs
 from llama_jax.generation.request import Row, Settings, to_controls
-from llama_jax.generation.state import MAX_TOP_LOGPROBS, DecodeState, Output
-from llama_jax.model import Params
+from llama_jax.generation.state import MAX_TOP_LOGPROBS, DecodeState, Output, Prefix
+from llama_jax.model import KVCache, Params
 
 MIN_PROMPT_BUCKET = 16
+PREFILL_CHUNK = 4096  # tokens of each prompt that are read at once: what bounds the memory of reading a long one
 SHARED_CHUNK = 8  # tokens between two looks at a stream, on several processes
 
 
@@ -36,29 +37,46 @@ class Engine:
         max_length: tokens a sequence may have, prompt and answer together.
         mesh: what the parameters lie on; None for one device. Every process of it makes the same calls.
         kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
+        prefill_chunk: tokens of each prompt that are read at once.
     """
 
-    def __init__(self, cfg: ModelConfig, params: Params, max_length: int, mesh: Mesh | None = None, *, kernels: bool = True):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: Params,
+        max_length: int,
+        mesh: Mesh | None = None,
+        *,
+        kernels: bool = True,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ):
         self.cfg = cfg
         self.params = params
         self.max_length = max_length
         self.mesh = mesh
         self.kernels = kernels
+        self.prefill_chunk = prefill_chunk
 
-    def run(self, rows: Sequence[Row], halt: np.ndarray, pace_seconds: float | None = None) -> Iterator[Output]:
+    def run(
+        self, rows: Sequence[Row], halt: np.ndarray, pace_seconds: float | None = None, prefix: Prefix | None = None
+    ) -> Generator[Output, None, DecodeState]:
         """Continues all rows as one batch.
 
         Args:
             rows: the sequences.
             halt: [len(rows)] bool; set an entry between two yields and the row ends before its next chunk.
             pace_seconds: how often a reader wants news; chunks are as long as possible when not given.
+            prefix: what has been read before; as much of it as all rows begin with is not read again.
 
         Yields:
             Output of NumPy arrays [len(rows), m]: the next m tokens of every row, -1 after its end.
+
+        Returns:
+            The state in the end.
         """
         batch = self._batch(len(rows))
         num_top = MAX_TOP_LOGPROBS if any(row.settings.logprobs > 0 for row in rows) else 0
-        state, output = self._prefill(rows, batch, num_top)
+        state, output = self._prefill(rows, batch, num_top, prefix)
         # The last token chosen is never fed back, so the cache holds one less than prompt and answer.
         prompts = np.array([len(row.tokens) for row in rows])
         limits = prompts + np.array([row.settings.max_new_tokens for row in rows]) - 1
@@ -90,6 +108,19 @@ class Engine:
                 last = output.tokens[b, -1]
                 ended[b] |= last < 0 or last in row.stop_ids or read >= row.settings.max_new_tokens
             yield output
+        return state
+
+    def prefix(self, tokens: Sequence[int]) -> Prefix:
+        """Reads tokens, for rows that begin with them."""
+        batch = self._batch(1)
+        lengths = np.ones(batch, np.int32)
+        lengths[0] = len(tokens)
+        cache, _ = self._read([tokens], batch, lengths, self._padded(len(tokens)))
+        return Prefix(tuple(tokens), self._on_mesh(programs.first_row, cache))
+
+    def kept(self, state: DecodeState, tokens: Sequence[int]) -> Prefix:
+        """What the first row has read in the end: its tokens but the last, which the cache may not have."""
+        return Prefix(tuple(tokens[:-1]), self._on_mesh(programs.first_row, state.cache))
 
     def score(self, tokens: Sequence[int], num_top: int = 0) -> Output:
         """Log-probabilities of tokens[1:], each after those before it: Output of [T - 1] and [T - 1, num_top]."""
@@ -134,19 +165,84 @@ class Engine:
                     break
                 state = self._with_room(state, _capacity(state) + 1)
 
-    def _prefill(self, rows: Sequence[Row], batch: int, num_top: int) -> tuple[DecodeState, Output]:
-        tokens, lengths = self._pad([row.tokens for row in rows], batch)
+    def _prefill(
+        self, rows: Sequence[Row], batch: int, num_top: int, prefix: Prefix | None = None
+    ) -> tuple[DecodeState, Output]:
+        prompts = [row.tokens for row in rows]
+        tokens, lengths = self._pad(prompts, batch)
+        controls = to_controls(rows, batch, self.cfg.vocab_size)
+        cache_length = bucket(tokens.shape[1] + programs.CHUNK, self.max_length, MIN_PROMPT_BUCKET)
+        if (start := self._start(prompts, prefix)) or tokens.shape[1] > self.prefill_chunk:
+            known = prefix._replace(tokens=prefix.tokens[:start]) if start else None
+            cache, last = self._read(prompts, batch, lengths, cache_length, controls.rope_length, known)
+            whole = None if controls.bias is None else tokens
+            return self._on_mesh(programs.begin, self.cfg, self.params, cache, last, whole, lengths, controls, num_top=num_top)
         return self._on_mesh(
             programs.prefill,
             self.cfg,
             self.params,
             tokens,
             lengths,
-            to_controls(rows, batch, self.cfg.vocab_size),
-            cache_length=bucket(tokens.shape[1] + programs.CHUNK, self.max_length, MIN_PROMPT_BUCKET),
+            controls,
+            cache_length=cache_length,
             num_top=num_top,
             kernels=self.kernels,
         )
+
+    def _start(self, prompts: Sequence[Sequence[int]], prefix: Prefix | None) -> int:
+        """How many tokens of a prefix need not be read again: all prompts begin with them, and have one more to be answered.
+
+        What is left to read is padded, and must end where the cache may; none where that is as much as the whole.
+        """
+        if prefix is None:
+            return 0
+        longest = max(map(len, prompts))
+        shared = min(common_length(prefix.tokens, prompt[:-1]) for prompt in prompts)
+        left = self._padded(longest - shared)
+        return min(shared, self.max_length - left) if left < self._padded(longest) else 0
+
+    def _padded(self, length: int) -> int:
+        """So many tokens as programs read them: a bucket, or whole chunks."""
+        if length <= self.prefill_chunk:
+            return bucket(length, self.max_length, MIN_PROMPT_BUCKET)
+        return min(-(-length // self.prefill_chunk) * self.prefill_chunk, self.max_length)
+
+    def _read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        batch: int,
+        lengths: np.ndarray,
+        cache_length: int,
+        rope_length: np.ndarray | None = None,
+        prefix: Prefix | None = None,
+    ) -> tuple[KVCache, jax.Array]:
+        """Prompts, chunk by chunk, or what follows a prefix: programs.read, programs.extend."""
+        start = len(prefix.tokens) if prefix else 0
+        rope_length = lengths if rope_length is None else rope_length
+        tokens = np.zeros((batch, start + self._padded(max(map(len, prompts)) - start)), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        if prefix:
+            cache = self._on_mesh(programs.spread, prefix.cache, batch=batch, cache_length=cache_length)
+            last = np.zeros((batch, 1, self.cfg.embed_dim), self.params["embedding"].dtype)
+        else:
+            start = min(self.prefill_chunk, tokens.shape[1])
+            cache, last = self._on_mesh(
+                programs.read,
+                self.cfg,
+                self.params,
+                tokens[:, :start],
+                lengths,
+                rope_length,
+                cache_length=cache_length,
+                kernels=self.kernels,
+            )
+        for at in range(start, tokens.shape[1], self.prefill_chunk):
+            piece = tokens[:, at : at + self.prefill_chunk]
+            cache, last = self._on_mesh(
+                programs.extend, self.cfg, self.params, cache, last, piece, np.int32(at), lengths, rope_length
+            )
+        return cache, last
 
     def _pad(self, rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [batch, bucket] and lengths [batch]; rows that only fill the batch are one token long."""
@@ -171,6 +267,13 @@ class Engine:
         while _capacity(state) < length:
             state = self._on_mesh(programs.grow, state, cache_length=min(2 * _capacity(state), self.max_length))
         return state
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differs[0]) if differs.size else n
 
 
 def _capacity(state: DecodeState) -> int:

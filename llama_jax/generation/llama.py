@@ -1,7 +1,7 @@
 """A loaded model: generate, stream, chat, score, logits."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.answer import Answer, Completion
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.request import Row, Settings, make_row
-from llama_jax.generation.state import MAX_TOP_LOGPROBS, Output
+from llama_jax.generation.state import MAX_TOP_LOGPROBS, DecodeState, Output, Prefix
 from llama_jax.model import Params
 from llama_jax.text import chat, infill
 from llama_jax.text.tokenizer import Tokenizer
@@ -20,6 +20,16 @@ from llama_jax.text.tokenizer import Tokenizer
 STREAM_PACE_SECONDS = 0.1
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+
+
+@dataclasses.dataclass
+class Session:
+    """What a conversation has read so far, so that only what is new is read in its next turn (`chat`, `stream_chat`).
+
+    An answer that its reader leaves is not kept.
+    """
+
+    prefix: Prefix | None = None
 
 
 class Llama:
@@ -57,14 +67,39 @@ class Llama:
         self.mesh = mesh
         self.engine = Engine(config, params, self.max_length, mesh, kernels=kernels)
 
+    def prefill(self, prompt: Prompt) -> Prefix:
+        """Reads what several prompts begin with, once: `generate(prompts, prefix=llama.prefill(shared))`.
+
+        Raises:
+            LlamaError: it is empty or longer than max_length, or keys depend on the length of the whole (`dynamic` RoPE).
+        """
+        tokens = self._encode(prompt)
+        if self.config.rope_type == "dynamic":
+            raise LlamaError(
+                ExitCode.BAD_REQUEST,
+                "dynamic RoPE rotates keys by the length of prompt and answer together: no prefix can be reused",
+            )
+        if not 1 <= len(tokens) <= self.max_length:
+            raise LlamaError(
+                ExitCode.BAD_REQUEST, f"{len(tokens):,} tokens to read, expected 1 to max_length ({self.max_length:,})"
+            )
+        return self.engine.prefix(tokens)
+
     def generate(
-        self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings] | None = None, **changes: Any
+        self,
+        prompts: Sequence[Prompt],
+        settings: Settings | Sequence[Settings] | None = None,
+        *,
+        prefix: Prefix | None = None,
+        **changes: Any,
     ) -> list[Completion]:
         """Continues prompts.
 
         Args:
-            prompts: texts, or token ids (which are taken as they are, with no beginning-of-sequence put before them).
+            prompts: texts, or token ids (which are taken as they are, with no beginning-of-sequence put before them); whole,
+                also with a prefix.
             settings: for all prompts, or one for each.
+            prefix: from `prefill`; as many of its tokens as all prompts of a batch begin with are not read again.
             **changes: fields of Settings to set, e.g. `temperature=0, max_new_tokens=100`.
 
         Returns:
@@ -75,7 +110,7 @@ class Llama:
         """
         answers = self._answers(prompts, settings, changes)
         for first in range(0, len(answers), self.batch_size):
-            for _ in self._run(answers[first : first + self.batch_size]):
+            for _ in self._run(answers[first : first + self.batch_size], prefix=prefix):
                 pass
         return [self._completion(answer) for answer in answers]
 
@@ -86,7 +121,12 @@ class Llama:
             yield piece
 
     def stream_all(
-        self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings] | None = None, **changes: Any
+        self,
+        prompts: Sequence[Prompt],
+        settings: Settings | Sequence[Settings] | None = None,
+        *,
+        prefix: Prefix | None = None,
+        **changes: Any,
     ) -> Iterator[tuple[int, str]]:
         """Continues prompts together, yielding (index, text) as text is made; indices as in the list `generate` returns."""
         self._need_tokenizer()
@@ -96,23 +136,31 @@ class Llama:
             for b, answer in enumerate(batch):
                 if answer.row.settings.echo:
                     yield first + b, self._prompt_text(answer.row)
-            for b, piece in self._run(batch, STREAM_PACE_SECONDS):
+            for b, piece in self._run(batch, STREAM_PACE_SECONDS, prefix):
                 yield first + b, piece
 
-    def chat(self, messages: Sequence[Message], settings: Settings | None = None, **changes: Any) -> Completion:
+    def chat(
+        self, messages: Sequence[Message], settings: Settings | None = None, *, session: Session | None = None, **changes: Any
+    ) -> Completion:
         """Answers a conversation: [{"role": "system" | "user" | "assistant", "content": text}, ...], the user's turn last.
+
+        Args:
+            session: of this conversation; what it has read before is not read again, and this turn is added to it.
 
         Raises:
             LlamaError: this is a base model, or the roles are out of order.
         """
         answer = self._chat_answer(messages, _settings(settings, changes))
-        for _ in self._run([answer]):
+        for _ in self._run_chat(answer, session):
             pass
         return self._completion(answer)
 
-    def stream_chat(self, messages: Sequence[Message], settings: Settings | None = None, **changes: Any) -> Iterator[str]:
-        """Answers a conversation, yielding text as it is made."""
-        for _, piece in self._run([self._chat_answer(messages, _settings(settings, changes))], STREAM_PACE_SECONDS):
+    def stream_chat(
+        self, messages: Sequence[Message], settings: Settings | None = None, *, session: Session | None = None, **changes: Any
+    ) -> Iterator[str]:
+        """Answers a conversation as `chat` does, yielding text as it is made."""
+        answer = self._chat_answer(messages, _settings(settings, changes))
+        for _, piece in self._run_chat(answer, session, STREAM_PACE_SECONDS):
             yield piece
 
     def stream_infill(
@@ -175,15 +223,31 @@ class Llama:
         self._check_ids(tokens.reshape(-1))
         return self.engine.logits(tokens)
 
-    def _run(self, answers: Sequence[Answer], pace_seconds: float | None = None) -> Iterator[tuple[int, str]]:
-        """Generates a batch; yields (index, new text) for rows with news."""
+    def _run(
+        self, answers: Sequence[Answer], pace_seconds: float | None = None, prefix: Prefix | None = None
+    ) -> Generator[tuple[int, str], None, DecodeState]:
+        """Generates a batch; yields (index, new text) for rows with news, and returns the state in the end."""
         halt = np.zeros(len(answers), bool)
-        for output in self.engine.run([answer.row for answer in answers], halt, pace_seconds):
+        outputs = self.engine.run([answer.row for answer in answers], halt, pace_seconds, prefix)
+        while True:
+            try:
+                output = next(outputs)
+            except StopIteration as end:
+                return end.value
             for b, answer in enumerate(answers):
                 piece = "" if answer.finish_reason else answer.push(output, b)
                 halt[b] = bool(answer.finish_reason)
                 if piece:
                     yield b, piece
+
+    def _run_chat(
+        self, answer: Answer, session: Session | None, pace_seconds: float | None = None
+    ) -> Iterator[tuple[int, str]]:
+        if session is None or self.config.rope_type == "dynamic":  # whose keys depend on the length of the whole
+            yield from self._run([answer], pace_seconds)
+            return
+        state = yield from self._run([answer], pace_seconds, session.prefix)
+        session.prefix = self.engine.kept(state, [*answer.row.tokens, *answer.completion().tokens])
 
     def _chat_answer(self, messages: Sequence[Message], settings: Settings) -> Answer:
         settings = dataclasses.replace(settings, n=1, echo=False)

@@ -8,8 +8,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from llama_jax.config import ModelConfig
-from llama_jax.generation.state import Controls, DecodeState, Output, by_rows, new_history, place, replicate, row_keys
-from llama_jax.model import Params, grow_cache, hidden_states, logits
+from llama_jax.generation.state import (
+    Controls,
+    DecodeState,
+    Output,
+    by_rows,
+    new_history,
+    place,
+    place_cache,
+    replicate,
+    row_keys,
+)
+from llama_jax.model import CACHE_AXES, KVCache, Params, grow_cache, hidden_states, logits
 from llama_jax.ops.sampling import penalise, sample, top_k
 from llama_jax.sharding import constrain
 
@@ -41,22 +51,91 @@ def prefill(
     Returns:
         The state, and the first token of every row ([B, 1]).
     """
-    B, T = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    x, cache = hidden_states(cfg, params, tokens, positions, rope_length=controls.rope_length, kernels=kernels)
-    # A sum of one position and zeros, where indexing would gather a sequence that lies on several devices.
-    last = jnp.sum(jnp.where((positions == lengths[:, None] - 1)[..., None], x, 0), axis=1, keepdims=True)
-    state = DecodeState(
-        last_token=jnp.zeros(B, jnp.int32),
-        lengths=lengths,
-        prompt_lengths=lengths,
-        done=controls.max_new <= 0,
-        cache=grow_cache(cache, cache_length),
-        controls=controls,
-        history=None if controls.bias is None else new_history(tokens, lengths, controls.bias),
-    )
-    state, output = _choose(cfg, state, logits(cfg, params, last)[:, 0], num_top)
-    return place(state), replicate(jax.tree.map(lambda x: x[:, None], output))
+    cache, last = _read(cfg, params, tokens, lengths, controls.rope_length, cache_length, kernels)
+    return _begin(cfg, params, cache, last, tokens, lengths, controls, num_top)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "cache_length", "kernels"))
+def read(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    rope_length: Array,
+    *,
+    cache_length: int,
+    kernels: bool = True,
+) -> tuple[KVCache, Array]:
+    """Reads the first tokens of prompts, as `prefill` does, and chooses nothing: `extend` reads on, `begin` chooses.
+
+    Args:
+        tokens: [B, T] int32, the first T of every prompt.
+        lengths: [B] int32, of the whole prompts.
+
+    Returns:
+        The cache, and [B, 1, D]: what the layers make of each prompt's last token, zeros where that is still to come.
+    """
+    cache, last = _read(cfg, params, tokens, lengths, rope_length, cache_length, kernels)
+    return place_cache(cache), last
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("cache", "last"))
+def extend(
+    cfg: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    last: Array,
+    tokens: Array,
+    start: Array,
+    lengths: Array,
+    rope_length: Array,
+) -> tuple[KVCache, Array]:
+    """Reads the next T tokens of prompts; the arguments' and results' meaning is `read`'s.
+
+    Args:
+        cache: donated; the first `start` tokens of every row, and room for T more.
+        last: donated.
+        tokens: [B, T] int32.
+        start: scalar, so that programs do not depend on it.
+    """
+    positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x, cache = hidden_states(cfg, params, tokens, positions, cache, rope_length)
+    return place_cache(cache), last + _at(x, positions, lengths - 1)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "num_top"), donate_argnames="cache")
+def begin(
+    cfg: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    last: Array,
+    tokens: Array | None,
+    lengths: Array,
+    controls: Controls,
+    *,
+    num_top: int,
+) -> tuple[DecodeState, Output]:
+    """Chooses the first token of each answer from what `read` and `extend` left, as `prefill` does.
+
+    Args:
+        cache: donated.
+        tokens: [B, T], the whole prompts; needed where controls have a bias.
+    """
+    return _begin(cfg, params, cache, last, tokens, lengths, controls, num_top)
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "cache_length"))
+def spread(cache: KVCache, *, batch: int, cache_length: int) -> KVCache:
+    """One sequence's cache [1, K', S, H] -> the same in every row of a batch, with as many slots as asked for."""
+    kept = min(cache_length, cache[0].k.shape[2])
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x[:, :, :kept], (batch, *x[:, :, :kept].shape[1:])), cache)
+    return place_cache(grow_cache(rows, cache_length))
+
+
+@jax.jit
+def first_row(cache: KVCache) -> KVCache:
+    """The cache of the first sequence [1, K', S, H], on a mesh a copy on every device of a row."""
+    return jax.tree.map(lambda x: constrain(x[:1], None, *CACHE_AXES[1:]), cache)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "num_top"), donate_argnames="state")
@@ -140,6 +219,43 @@ def all_logits(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Arr
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length, kernels=kernels)
     return logits(cfg, params, x)
+
+
+def _read(
+    cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, rope_length: Array, cache_length: int, kernels: bool
+) -> tuple[KVCache, Array]:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x, cache = hidden_states(cfg, params, tokens, positions, rope_length=rope_length, kernels=kernels)
+    return grow_cache(cache, cache_length), _at(x, positions, lengths - 1)
+
+
+def _at(x: Array, positions: Array, wanted: Array) -> Array:
+    """[B, T, D] at one position a row: [B, 1, D]; zeros where it is not among them."""
+    # A sum of one position and zeros, where indexing would gather a sequence that lies on several devices.
+    return jnp.sum(jnp.where((positions == wanted[:, None])[..., None], x, 0), axis=1, keepdims=True)
+
+
+def _begin(
+    cfg: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    last: Array,
+    tokens: Array | None,
+    lengths: Array,
+    controls: Controls,
+    num_top: int,
+) -> tuple[DecodeState, Output]:
+    state = DecodeState(
+        last_token=jnp.zeros_like(lengths),
+        lengths=lengths,
+        prompt_lengths=lengths,
+        done=controls.max_new <= 0,
+        cache=cache,
+        controls=controls,
+        history=None if controls.bias is None else new_history(tokens, lengths, controls.bias),
+    )
+    state, output = _choose(cfg, state, logits(cfg, params, last)[:, 0], num_top)
+    return place(state), replicate(jax.tree.map(lambda x: x[:, None], output))
 
 
 def _decode_step(cfg: ModelConfig, params: Params, state: DecodeState, num_top: int) -> tuple[DecodeState, Output]:

@@ -59,6 +59,16 @@ class DecodeState:
     history: History | None
 
 
+class Prefix(NamedTuple):
+    """What one sequence has read.
+
+    tokens: their ids; cache: per layer k, v [1, K', S, H], the first len(tokens) slots filled.
+    """
+
+    tokens: tuple[int, ...]
+    cache: KVCache
+
+
 class Output(NamedTuple):
     """Tokens of n steps. A finished row has -1.
 
@@ -81,6 +91,11 @@ def state_axes(state: DecodeState) -> DecodeState:
 def place(state: DecodeState) -> DecodeState:
     """Keeps a state where it belongs on the mesh, so that the next step finds, and overwrites, it there."""
     return jax.tree.map(lambda axes, x: constrain(x, *axes), state_axes(state), state, is_leaf=_is_axes)
+
+
+def place_cache(cache: KVCache) -> KVCache:
+    """The same of a cache that is not in a state."""
+    return jax.tree.map(lambda x: constrain(x, *CACHE_AXES), cache)
 
 
 def by_rows(output: Output) -> Output:

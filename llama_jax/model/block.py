@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
 from llama_jax.model.cache import LayerCache, repeat_heads, write
-from llama_jax.ops.attention import attend, attend_causal
+from llama_jax.ops.attention import attend_cached, attend_causal
 from llama_jax.ops.linear import WEIGHT_AXES, project_each
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.rope import rotate
@@ -60,7 +60,7 @@ class Block(nn.Module):
             cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
             cache = write(cache, k, v, positions[:, 0])
-            y = attend(q, cache.k, cache.v, jnp.arange(cache.k.shape[2]) <= positions[:, :, None])
+            y = attend_cached(q, cache.k, cache.v, positions)
         x = x + self.project(y, o_proj="BTNH,DNH->BTD")[0]
 
         y = rms_norm(x, self.weight("mlp_norm", (D,), ("norm",)), self.cfg.norm_eps)

@@ -53,6 +53,33 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
     return jax.lax.platform_dependent(q, k, v, segment_ids, **usable, default=plain)
 
 
+def attend_cached(q: Array, k: Array, v: Array, positions: Array) -> Array:
+    """Attention of tokens to a cache that holds them and those before.
+
+    Scores are in memory for a block of queries at a time, one block after the other.
+
+    Args:
+        q: [B, T, N, H], rotated.
+        k, v: [B, K, S, H], the token at position p in slot p, k rotated.
+        positions: [B, T] of the queries.
+
+    Returns:
+        [B, T, N, H] in v's dtype.
+    """
+
+    def block(queries: tuple[Array, Array]) -> Array:
+        q, positions = queries
+        return attend(q, k, v, jnp.arange(k.shape[2]) <= positions[:, :, None])
+
+    B, T, N, H = q.shape
+    if T <= QUERIES:
+        return block((q, positions))
+    count = -(-T // QUERIES)
+    q, positions = (jnp.pad(x, ((0, 0), (0, count * QUERIES - T), *[(0, 0)] * (x.ndim - 2))) for x in (q, positions))
+    blocks = (jnp.moveaxis(x.reshape(B, count, QUERIES, *x.shape[2:]), 1, 0) for x in (q, positions))
+    return jnp.moveaxis(jax.lax.map(block, tuple(blocks)), 0, 1).reshape(B, count * QUERIES, N, H)[:, :T]
+
+
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Grouped-query attention; one query head per key/value head is plain multi-head.
 

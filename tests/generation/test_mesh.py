@@ -125,6 +125,16 @@ def test_a_cache_grows_on_a_mesh(spread):
         np.testing.assert_allclose(completion.logprobs, expected.max(-1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("spread", ["8x1x1", "2x2x2"], indirect=True)
+def test_prompts_in_chunks_and_after_a_prefix_are_the_same_on_a_mesh(spread, alone, monkeypatch):
+    shared = ids(40, seed=4)
+    prompts = [[*shared, *prompt] for prompt in PROMPTS]
+    expected = alone.generate(prompts, DRAWN)
+    assert_same(spread.generate(prompts, DRAWN, prefix=spread.prefill(shared)), expected)
+    monkeypatch.setattr(spread.engine, "prefill_chunk", 32)
+    assert_same(spread.generate(prompts, DRAWN), expected)
+
+
 @pytest.mark.parametrize("spread", ["2x2x2"], indirect=True)
 def test_a_mesh_s_programs_are_compiled_once(spread, greedy):
     """States come back from a step as they went in, wherever they lie; so a stream, or another batch, finds all compiled."""

@@ -21,7 +21,7 @@ class Fake:
 
     def __init__(self, max_length=10_000, answers=()):
         self.max_length = max_length
-        self.asked = []
+        self.asked, self.sessions = [], []
         self.answers = list(answers)
 
     def encode_chat(self, messages):
@@ -29,8 +29,9 @@ class Fake:
             raise LlamaError(ExitCode.BAD_REQUEST, "special tags are not allowed")
         return [0] * sum(len(message["content"]) for message in messages)
 
-    def stream_chat(self, messages, settings):
+    def stream_chat(self, messages, settings, session):
         self.asked.append(messages)
+        self.sessions.append(session)
         if len(self.encode_chat(messages)) + settings.max_new_tokens > self.max_length:
             raise LlamaError(ExitCode.BAD_REQUEST, "prompt has too many tokens")
         answer = self.answers.pop(0) if self.answers else "re " + messages[-1]["content"]
@@ -53,6 +54,7 @@ def test_an_answer_is_printed_returned_and_remembered(capsys):
     assert conversation.ask("one") == "re one"
     assert capsys.readouterr() == ("re one\n", "")
     conversation.ask("two")
+    assert conversation._llama.sessions == [conversation._session] * 2
     assert conversation.turns == [user("one"), assistant("re one"), user("two"), assistant("re two")]
 
 
@@ -202,7 +204,7 @@ def test_a_base_model_takes_a_format_that_is_named(typed):
 def test_answers_leave_half_the_context_to_the_conversation(typed, monkeypatch):
     seen = []
     fake = Fake(max_length=100)
-    monkeypatch.setattr(fake, "stream_chat", lambda messages, settings: seen.append(settings.max_new_tokens) or iter("ok"))
+    monkeypatch.setattr(fake, "stream_chat", lambda messages, settings, session: seen.append(settings.max_new_tokens) or iter("ok"))
     for asked in (512, 0, 20):
         typed(fake, "one", max_new_tokens=asked)
     assert seen == [50, 50, 20]

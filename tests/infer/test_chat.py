@@ -204,7 +204,7 @@ def test_a_base_model_takes_a_format_that_is_named(typed):
 def test_answers_leave_half_the_context_to_the_conversation(typed, monkeypatch):
     seen = []
     fake = Fake(max_length=100)
-    monkeypatch.setattr(fake, "stream_chat", lambda messages, settings, session: seen.append(settings.max_new_tokens) or iter("ok"))
+    monkeypatch.setattr(fake, "stream_chat", lambda messages, settings, session: seen.append(settings.max_new_tokens) or "ok")
     for asked in (512, 0, 20):
         typed(fake, "one", max_new_tokens=asked)
     assert seen == [50, 50, 20]

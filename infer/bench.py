@@ -27,7 +27,7 @@ from llama_jax import distributed
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation import programs
-from llama_jax.generation.engine import MIN_PROMPT_BUCKET, bucket
+from llama_jax.generation.reading import MIN_PROMPT_BUCKET, bucket
 from llama_jax.generation.request import Row, Settings, to_controls
 from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.model import Params, param_axes, param_shapes

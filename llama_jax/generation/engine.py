@@ -1,10 +1,8 @@
 """The host's side of generation: buckets, chunks, and the loop that keeps the device one chunk ahead."""
 
 import collections
-import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -12,32 +10,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llama_jax.config import ModelConfig
-from llama_jax.generation import programs
-from llama_jax.generation.request import Row, Settings, to_controls
+from llama_jax.generation import programs, speculation
+from llama_jax.generation.reading import MIN_PROMPT_BUCKET, Reader
+from llama_jax.generation.request import Row, Settings
+from llama_jax.generation.speculation import Speculation, SpeculativeState, cache_of
 from llama_jax.generation.state import MAX_TOP_LOGPROBS, DecodeState, Output, Prefix
-from llama_jax.model import KVCache, Params
+from llama_jax.model import Params
 
-MIN_PROMPT_BUCKET = 16
-PREFILL_CHUNK = 4096  # tokens of each prompt that are read at once: what bounds the memory of reading a long one
 SHARED_CHUNK = 8  # tokens between two looks at a stream, on several processes
 
 
-def bucket(n: int, largest: int, smallest: int = 1) -> int:
-    """The smallest power of two that holds n, between the two bounds: programs are compiled per bucket, not per size."""
-    size = smallest
-    while size < n:
-        size *= 2
-    return min(size, largest)
-
-
-class Engine:
-    """Token ids in, token ids out, for one set of parameters.
+class Engine(Reader):
+    """Token ids in, token ids out, for one set of parameters. Every process of a mesh makes the same calls.
 
     Attributes:
-        max_length: tokens a sequence may have, prompt and answer together.
-        mesh: what the parameters lie on; None for one device. Every process of it makes the same calls.
-        kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
-        prefill_chunk: tokens of each prompt that are read at once.
+        speculation: how tokens are guessed, several of which are then checked in one step; None for one token a step.
     """
 
     def __init__(
@@ -48,18 +35,15 @@ class Engine:
         mesh: Mesh | None = None,
         *,
         kernels: bool = True,
-        prefill_chunk: int = PREFILL_CHUNK,
+        speculation: Speculation | None = None,
     ):
-        self.cfg = cfg
-        self.params = params
-        self.max_length = max_length
-        self.mesh = mesh
-        self.kernels = kernels
-        self.prefill_chunk = prefill_chunk
+        slack = -(-speculation.num_draft // 16) * 16 if speculation else 0  # guesses beyond the last token are written, too
+        super().__init__(cfg, params, max_length, mesh, kernels=kernels, slack=slack)
+        self.speculation = speculation
 
     def run(
         self, rows: Sequence[Row], halt: np.ndarray, pace_seconds: float | None = None, prefix: Prefix | None = None
-    ) -> Generator[Output, None, DecodeState]:
+    ) -> Generator[Output, None, DecodeState | SpeculativeState]:
         """Continues all rows as one batch.
 
         Args:
@@ -69,21 +53,24 @@ class Engine:
             prefix: what has been read before; as much of it as all rows begin with is not read again.
 
         Yields:
-            Output of NumPy arrays [len(rows), m]: the next m tokens of every row, -1 after its end.
+            Output of NumPy arrays [len(rows), m]: the next tokens of every row, -1 after them.
 
         Returns:
             The state in the end.
         """
-        batch = self._batch(len(rows))
+        batch = self.batch(len(rows))
         num_top = MAX_TOP_LOGPROBS if any(row.settings.logprobs > 0 for row in rows) else 0
-        state, output = self._prefill(rows, batch, num_top, prefix)
+        state, output = self.prefill(rows, batch, num_top, prefix)
+        if self.speculation and not any(row.settings.needs_history for row in rows):
+            state = self._speculative(state, rows)
+        width, most = self._pace(state)
         # The last token chosen is never fed back, so the cache holds one less than prompt and answer.
         prompts = np.array([len(row.tokens) for row in rows])
         limits = prompts + np.array([row.settings.max_new_tokens for row in rows]) - 1
-        steps, made, read = int((limits - prompts).max()), 0, 0
+        steps, made, read = int((limits - prompts).max()), 0, np.zeros(len(rows), int)
         ended = np.zeros(len(rows), bool)
         waiting = collections.deque([(output, 1)])
-        chunk, last_read = programs.CHUNK if pace_seconds is None else 1, None
+        chunk, last_read = most if pace_seconds is None else 1, None
         shared = jax.process_count() > 1  # clocks differ, and all processes must ask for the same steps
         while not (ended | halt).all():
             # The device works on the next chunk while this one is read; but a reader sees the first token at once.
@@ -91,50 +78,39 @@ class Engine:
             while made < steps and len(waiting) < ahead:
                 n = min(chunk, steps - made)
                 made += n
-                state = self._with_room(state, int(np.minimum(prompts + made, limits).max()))
+                unread = width * (n + sum(n for _, n in waiting))
+                state = self._with_room(state, int(np.minimum(prompts + read + unread, limits).max()) + width - 1)
                 stop = np.zeros(batch, bool)
                 stop[: len(rows)] = halt
-                state, output = self._on_mesh(programs.decode, self.cfg, self.params, state, stop, np.int32(n), num_top=num_top)
+                state, output = self._advance(state, stop, n, num_top)
                 waiting.append((output, n))
             output, n = waiting.popleft()
-            output = Output(*(np.asarray(part)[: len(rows), :n] for part in output))
-            now, read = time.monotonic(), read + n
+            output = Output(*(np.asarray(part)[: len(rows), : n * width] for part in output))
+            now, counts = time.monotonic(), np.sum(output.tokens >= 0, axis=1)
+            read += counts
             if shared and pace_seconds is not None:
-                chunk = SHARED_CHUNK
+                chunk = min(SHARED_CHUNK, most)
             elif pace_seconds is not None and last_read is not None:
-                chunk = int(np.clip(pace_seconds * n / max(now - last_read, 1e-6), 1, programs.CHUNK))
+                chunk = int(np.clip(pace_seconds * n / max(now - last_read, 1e-6), 1, most))
             last_read = now
             for b, row in enumerate(rows):
-                last = output.tokens[b, -1]
-                ended[b] |= last < 0 or last in row.stop_ids or read >= row.settings.max_new_tokens
+                ended[b] |= read[b] >= row.settings.max_new_tokens or not set(row.stop_ids).isdisjoint(output.tokens[b])
             yield output
         return state
-
-    def prefix(self, tokens: Sequence[int]) -> Prefix:
-        """Reads tokens, for rows that begin with them."""
-        batch = self._batch(1)
-        lengths = np.ones(batch, np.int32)
-        lengths[0] = len(tokens)
-        cache, _ = self._read([tokens], batch, lengths, self._padded(len(tokens)))
-        return Prefix(tuple(tokens), self._on_mesh(programs.first_row, cache))
-
-    def kept(self, state: DecodeState, tokens: Sequence[int]) -> Prefix:
-        """What the first row has read in the end: its tokens but the last, which the cache may not have."""
-        return Prefix(tuple(tokens[:-1]), self._on_mesh(programs.first_row, state.cache))
 
     def score(self, tokens: Sequence[int], num_top: int = 0) -> Output:
         """Log-probabilities of tokens[1:], each after those before it: Output of [T - 1] and [T - 1, num_top]."""
         T = len(tokens)
-        padded, lengths = self._pad([tokens], self._batch(1))
+        padded, lengths = self.pad([tokens], self.batch(1))
         top = MAX_TOP_LOGPROBS if num_top else 0
-        output = self._on_mesh(programs.score, self.cfg, self.params, padded, lengths, num_top=top, kernels=self.kernels)
+        output = self.on_mesh(programs.score, self.cfg, self.params, padded, lengths, num_top=top, kernels=self.kernels)
         output = Output(*(np.asarray(part)[0, : T - 1] for part in output))
         return output._replace(top_ids=output.top_ids[:, :num_top], top_logprobs=output.top_logprobs[:, :num_top])
 
     def logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """[B, longest row, V] float32 of rows of tokens; after a row's end they mean nothing."""
-        padded, lengths = self._pad(rows, self._batch(len(rows)))
-        found = self._on_mesh(programs.all_logits, self.cfg, self.params, padded, lengths, kernels=self.kernels)
+        padded, lengths = self.pad(rows, self.batch(len(rows)))
+        found = self.on_mesh(programs.all_logits, self.cfg, self.params, padded, lengths, kernels=self.kernels)
         if jax.process_count() > 1:
             found = multihost_utils.process_allgather(found, tiled=True)
         return np.asarray(found)[: len(rows), : max(map(len, rows)), : self.cfg.vocab_size]
@@ -148,136 +124,58 @@ class Engine:
         """
         for num_top in (0, MAX_TOP_LOGPROBS) if logprobs else (0,):
             for penalty in (0.0, 1.0) if history else (0.0,):
-                for batch in dict.fromkeys(map(self._batch, _powers(1, batch_size))):
+                for batch in dict.fromkeys(map(self.batch, _powers(1, batch_size))):
                     self._warm_up_batch(batch, num_top, Settings(max_new_tokens=1, presence_penalty=penalty))
         for length in _powers(MIN_PROMPT_BUCKET, self.max_length) if logprobs else ():
             self.score([0] * length)
 
     def _warm_up_batch(self, batch: int, num_top: int, settings: Settings) -> None:
         for length in _powers(MIN_PROMPT_BUCKET, self.max_length):
-            state, _ = self._prefill([Row([0] * length, settings, ())] * batch, batch, num_top)
+            rows = [Row([0] * length, settings, ())] * batch
+            state, _ = self.prefill(rows, batch, num_top)
+            if self.speculation and not settings.needs_history:
+                state = self._speculative(state, rows)
             if length > MIN_PROMPT_BUCKET:
                 continue
-            nothing, none = np.zeros(batch, bool), np.int32(0)
             while True:
-                state, _ = self._on_mesh(programs.decode, self.cfg, self.params, state, nothing, none, num_top=num_top)
-                if _capacity(state) >= self.max_length:
+                state, _ = self._advance(state, np.zeros(batch, bool), 0, num_top)
+                if _capacity(state) >= self.most_slots:
                     break
                 state = self._with_room(state, _capacity(state) + 1)
 
-    def _prefill(
-        self, rows: Sequence[Row], batch: int, num_top: int, prefix: Prefix | None = None
-    ) -> tuple[DecodeState, Output]:
-        prompts = [row.tokens for row in rows]
-        tokens, lengths = self._pad(prompts, batch)
-        controls = to_controls(rows, batch, self.cfg.vocab_size)
-        cache_length = bucket(tokens.shape[1] + programs.CHUNK, self.max_length, MIN_PROMPT_BUCKET)
-        if (start := self._start(prompts, prefix)) or tokens.shape[1] > self.prefill_chunk:
-            known = prefix._replace(tokens=prefix.tokens[:start]) if start else None
-            cache, last = self._read(prompts, batch, lengths, cache_length, controls.rope_length, known)
-            whole = None if controls.bias is None else tokens
-            return self._on_mesh(programs.begin, self.cfg, self.params, cache, last, whole, lengths, controls, num_top=num_top)
-        return self._on_mesh(
-            programs.prefill,
-            self.cfg,
-            self.params,
-            tokens,
-            lengths,
-            controls,
-            cache_length=cache_length,
-            num_top=num_top,
-            kernels=self.kernels,
-        )
+    def _speculative(self, state: DecodeState, rows: Sequence[Row]) -> SpeculativeState:
+        batch = len(state.done)
+        tokens, _ = self.pad([row.tokens for row in rows], batch)
+        draft = self.speculation.draft
+        cache = draft.prefill(rows, batch, 0)[0].cache if draft else None
+        return self.on_mesh(speculation.start, state, tokens, cache)
 
-    def _start(self, prompts: Sequence[Sequence[int]], prefix: Prefix | None) -> int:
-        """How many tokens of a prefix need not be read again: all prompts begin with them, and have one more to be answered.
+    def _pace(self, state: DecodeState | SpeculativeState) -> tuple[int, int]:
+        """The most tokens of a step, and the most steps of a chunk."""
+        if isinstance(state, DecodeState):
+            return 1, programs.CHUNK
+        return self.speculation.num_draft + 1, speculation.steps_of(self.speculation.num_draft)
 
-        What is left to read is padded, and must end where the cache may; none where that is as much as the whole.
-        """
-        if prefix is None:
-            return 0
-        longest = max(map(len, prompts))
-        shared = min(common_length(prefix.tokens, prompt[:-1]) for prompt in prompts)
-        left = self._padded(longest - shared)
-        return min(shared, self.max_length - left) if left < self._padded(longest) else 0
+    def _advance(
+        self, state: DecodeState | SpeculativeState, stop: np.ndarray, n: int, num_top: int
+    ) -> tuple[DecodeState | SpeculativeState, Output]:
+        program, options = programs.decode, {}
+        if isinstance(state, SpeculativeState):
+            program, draft = speculation.speculate, self.speculation.draft
+            options = {"num_draft": self.speculation.num_draft}
+            options |= {"draft_cfg": draft.cfg, "draft_params": draft.params} if draft else {}
+        return self.on_mesh(program, self.cfg, self.params, state, stop, np.int32(n), num_top=num_top, **options)
 
-    def _padded(self, length: int) -> int:
-        """So many tokens as programs read them: a bucket, or whole chunks."""
-        if length <= self.prefill_chunk:
-            return bucket(length, self.max_length, MIN_PROMPT_BUCKET)
-        return min(-(-length // self.prefill_chunk) * self.prefill_chunk, self.max_length)
-
-    def _read(
-        self,
-        prompts: Sequence[Sequence[int]],
-        batch: int,
-        lengths: np.ndarray,
-        cache_length: int,
-        rope_length: np.ndarray | None = None,
-        prefix: Prefix | None = None,
-    ) -> tuple[KVCache, jax.Array]:
-        """Prompts, chunk by chunk, or what follows a prefix: programs.read, programs.extend."""
-        start = len(prefix.tokens) if prefix else 0
-        rope_length = lengths if rope_length is None else rope_length
-        tokens = np.zeros((batch, start + self._padded(max(map(len, prompts)) - start)), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=False):
-            row[: len(prompt)] = prompt
-        if prefix:
-            cache = self._on_mesh(programs.spread, prefix.cache, batch=batch, cache_length=cache_length)
-            last = np.zeros((batch, 1, self.cfg.embed_dim), self.params["embedding"].dtype)
-        else:
-            start = min(self.prefill_chunk, tokens.shape[1])
-            cache, last = self._on_mesh(
-                programs.read,
-                self.cfg,
-                self.params,
-                tokens[:, :start],
-                lengths,
-                rope_length,
-                cache_length=cache_length,
-                kernels=self.kernels,
-            )
-        for at in range(start, tokens.shape[1], self.prefill_chunk):
-            piece = tokens[:, at : at + self.prefill_chunk]
-            cache, last = self._on_mesh(
-                programs.extend, self.cfg, self.params, cache, last, piece, np.int32(at), lengths, rope_length
-            )
-        return cache, last
-
-    def _pad(self, rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [batch, bucket] and lengths [batch]; rows that only fill the batch are one token long."""
-        tokens = np.zeros((batch, bucket(max(map(len, rows)), self.max_length, MIN_PROMPT_BUCKET)), np.int32)
-        lengths = np.ones(batch, np.int32)
-        for b, row in enumerate(rows):
-            tokens[b, : len(row)] = row
-            lengths[b] = len(row)
-        return tokens, lengths
-
-    def _batch(self, rows: int) -> int:
-        """Rows of the programs that so many sequences run in: a bucket that the mesh divides."""
-        shards = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return shards * bucket(-(-rows // shards), 2**20)
-
-    def _on_mesh(self, program: Callable, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            return program(*args, **kwargs)
-
-    def _with_room(self, state: DecodeState, length: int) -> DecodeState:
+    def _with_room(self, state: DecodeState | SpeculativeState, length: int) -> DecodeState | SpeculativeState:
         """The state with a cache for at least `length` tokens a row."""
+        grow = programs.grow if isinstance(state, DecodeState) else speculation.grow
         while _capacity(state) < length:
-            state = self._on_mesh(programs.grow, state, cache_length=min(2 * _capacity(state), self.max_length))
+            state = self.on_mesh(grow, state, cache_length=min(2 * _capacity(state), self.most_slots))
         return state
 
 
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(differs[0]) if differs.size else n
-
-
-def _capacity(state: DecodeState) -> int:
-    return state.cache[0].k.shape[2]
+def _capacity(state: DecodeState | SpeculativeState) -> int:
+    return cache_of(state)[0].k.shape[2]
 
 
 def _powers(first: int, last: int) -> Iterator[int]:

@@ -12,6 +12,7 @@ from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.answer import Answer, Completion
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.request import Row, Settings, make_row
+from llama_jax.generation.speculation import Speculation, SpeculativeState, cache_of
 from llama_jax.generation.state import MAX_TOP_LOGPROBS, DecodeState, Output, Prefix
 from llama_jax.model import Params
 from llama_jax.text import chat, infill
@@ -57,6 +58,7 @@ class Llama:
         batch_size: int = 16,
         mesh: Mesh | None = None,
         kernels: bool = True,
+        speculation: Speculation | None = None,
     ):
         self.config = config
         self.params = params
@@ -65,7 +67,7 @@ class Llama:
         self.max_length = max_length or config.max_length
         self.batch_size = batch_size
         self.mesh = mesh
-        self.engine = Engine(config, params, self.max_length, mesh, kernels=kernels)
+        self.engine = Engine(config, params, self.max_length, mesh, kernels=kernels, speculation=speculation)
 
     def prefill(self, prompt: Prompt) -> Prefix:
         """Reads what several prompts begin with, once: `generate(prompts, prefix=llama.prefill(shared))`.
@@ -225,7 +227,7 @@ class Llama:
 
     def _run(
         self, answers: Sequence[Answer], pace_seconds: float | None = None, prefix: Prefix | None = None
-    ) -> Generator[tuple[int, str], None, DecodeState]:
+    ) -> Generator[tuple[int, str], None, DecodeState | SpeculativeState]:
         """Generates a batch; yields (index, new text) for rows with news, and returns the state in the end."""
         halt = np.zeros(len(answers), bool)
         outputs = self.engine.run([answer.row for answer in answers], halt, pace_seconds, prefix)
@@ -247,7 +249,7 @@ class Llama:
             yield from self._run([answer], pace_seconds)
             return
         state = yield from self._run([answer], pace_seconds, session.prefix)
-        session.prefix = self.engine.kept(state, [*answer.row.tokens, *answer.completion().tokens])
+        session.prefix = self.engine.kept(cache_of(state), [*answer.row.tokens, *answer.completion().tokens])
 
     def _chat_answer(self, messages: Sequence[Message], settings: Settings) -> Answer:
         settings = dataclasses.replace(settings, n=1, echo=False)

@@ -206,7 +206,7 @@ def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, pad + 1))).reshape(B, slices, SCORE_SLICE)
 
     def score_slice(i: Array) -> Output:
-        return _report(logits(cfg, params, x[:, i]), targets[:, i], num_top)
+        return report(logits(cfg, params, x[:, i]), targets[:, i], num_top)
 
     outputs = jax.lax.map(score_slice, jnp.arange(slices))  # [slices, B, SCORE_SLICE, ...]
     rows = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, slices * SCORE_SLICE, *x.shape[3:])[:, : T - 1], outputs)
@@ -277,7 +277,7 @@ def _choose(cfg: ModelConfig, state: DecodeState, raw: Array, num_top: int) -> t
     controls, history = state.controls, state.history
     adjusted = raw if history is None else penalise(raw, history, controls.sampling)
     token = sample(adjusted, row_keys(controls.seed, state.lengths), controls.sampling)
-    output = _report(raw, token, num_top)._replace(tokens=jnp.where(state.done, -1, token))
+    output = report(raw, token, num_top)._replace(tokens=jnp.where(state.done, -1, token))
     if history is not None:
         counts = history.counts.at[jnp.arange(token.shape[0]), token].add(jnp.where(state.done, 0, 1))
         history = history._replace(counts=counts)
@@ -287,7 +287,7 @@ def _choose(cfg: ModelConfig, state: DecodeState, raw: Array, num_top: int) -> t
     return dataclasses.replace(state, last_token=last_token, done=state.done | ends, history=history), output
 
 
-def _report(raw: Array, token: Array, num_top: int) -> Output:
+def report(raw: Array, token: Array, num_top: int) -> Output:
     """Tokens [...] with their log-probabilities [...] and the likeliest alternatives [..., num_top]; raw: [..., V]."""
     normaliser = jax.nn.logsumexp(raw, axis=-1, keepdims=True)
     # A sum of one logit and zeros, where indexing would gather a vocabulary that lies on several devices.

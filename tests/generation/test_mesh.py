@@ -131,7 +131,7 @@ def test_prompts_in_chunks_and_after_a_prefix_are_the_same_on_a_mesh(spread, alo
     prompts = [[*shared, *prompt] for prompt in PROMPTS]
     expected = alone.generate(prompts, DRAWN)
     assert_same(spread.generate(prompts, DRAWN, prefix=spread.prefill(shared)), expected)
-    monkeypatch.setattr(spread.engine, "prefill_chunk", 32)
+    monkeypatch.setattr(spread.engine, "chunk", 32)
     assert_same(spread.generate(prompts, DRAWN), expected)
 
 

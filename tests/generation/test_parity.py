@@ -117,7 +117,7 @@ def test_a_cache_that_grows_gives_what_one_large_from_the_start_gives(llama):
     rows = rows_of([PROMPTS[1]], [settings])
     tokens, logprobs = run(llama.engine, rows)
     engine = Engine(CFG, llama.params, CFG.max_length)
-    state, output = engine._prefill(rows, 1, 0)
+    state, output = engine.prefill(rows, 1, 0)
     state = engine._with_room(state, CFG.max_length)
     large = [[np.asarray(output.tokens), np.asarray(output.logprobs)]]
     for n in (32, 32, 32, 3):

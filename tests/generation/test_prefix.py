@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import llama_jax
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation import programs
-from llama_jax.generation.engine import Engine, common_length
+from llama_jax.generation.engine import Engine
+from llama_jax.generation.reading import common_length
 from llama_jax.generation.request import Settings
 from tests.generation.make import CFG, ids, llama_of
 from tests.model.make import params_of
@@ -44,7 +45,7 @@ def same(a, b):
 
 def chunked(chunk: int, **options):
     llama = llama_of(**options)
-    llama.engine.prefill_chunk = chunk
+    llama.engine.chunk = chunk
     return llama
 
 
@@ -154,7 +155,7 @@ def test_16k_tokens_of_the_tiny_model_are_read_within_a_bound():
     """In chunks of 4,096: the cache, and temporaries that do not grow with the prompt but for a block's scores."""
     cfg = dataclasses.replace(CFG, max_length=2**14)
     engine = Engine(cfg, params_of(cfg), cfg.max_length)
-    tokens = np.zeros((1, engine.prefill_chunk), np.int32)
+    tokens = np.zeros((1, engine.chunk), np.int32)
     cache = jax.eval_shape(
         lambda p, t, n: programs.read(cfg, p, t, n, n, cache_length=cfg.max_length)[0],
         engine.params,

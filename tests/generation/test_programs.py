@@ -44,7 +44,7 @@ def test_decode_updates_the_cache_in_place(rows, dtype):
 
 def begin(llama, new: list[int], **settings) -> tuple:
     rows = [Row(ids(5, seed=i), Settings(max_new_tokens=n, temperature=0, **settings), ()) for i, n in enumerate(new)]
-    return Engine(CFG, llama.params, CFG.max_length)._prefill(rows, 4, 0)
+    return Engine(CFG, llama.params, CFG.max_length).prefill(rows, 4, 0)
 
 
 def decode(llama, state, n: int, halt=(False,) * 4):

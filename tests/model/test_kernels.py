@@ -46,7 +46,7 @@ def test_by_the_setting_of_an_engine(allowed, monkeypatch):
 
     monkeypatch.setattr(engine, "_on_mesh", count)
     calls = (
-        lambda: engine._prefill([Row(tokens, Settings(), ())], 1, 0),
+        lambda: engine.prefill([Row(tokens, Settings(), ())], 1, 0),
         lambda: engine.score(tokens),
         lambda: engine.logits([tokens]),
     )

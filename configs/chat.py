@@ -12,6 +12,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
     c.dtype = "auto"  # of weights, activations and cache: auto (as stored), bfloat16, float32, float16
     c.quantize = ""  # int8, fp8: weights rounded to 8 bits; int4; w8a8: int8, fast on a CPU
+    c.draft = ""  # guesses several tokens a step, for the same text sooner: lookup (in the text so far), or a smaller model
+    c.draft_tokens = 0  # guesses a step; 0: 7 looked up, 4 of a model
     c.mesh = mesh()
     c.max_length = 0  # tokens of conversation and answer together; 0: the model's context
     c.max_new_tokens = 512  # of one answer

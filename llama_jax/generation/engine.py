@@ -24,7 +24,7 @@ class Engine(Reader):
     """Token ids in, token ids out, for one set of parameters. Every process of a mesh makes the same calls.
 
     Attributes:
-        speculation: how tokens are guessed, several of which are then checked in one step; None for one token a step.
+        guesses: how tokens are guessed, several of which are then checked in one step; None for one token a step.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class Engine(Reader):
         mesh: Mesh | None = None,
         *,
         kernels: bool = True,
-        speculation: Speculation | None = None,
+        guesses: Speculation | None = None,
     ):
-        slack = -(-speculation.num_draft // 16) * 16 if speculation else 0  # guesses beyond the last token are written, too
+        slack = speculation.slack_of(guesses.num_draft) if guesses else 0
         super().__init__(cfg, params, max_length, mesh, kernels=kernels, slack=slack)
-        self.speculation = speculation
+        self.guesses = guesses
 
     def run(
         self, rows: Sequence[Row], halt: np.ndarray, pace_seconds: float | None = None, prefix: Prefix | None = None
@@ -61,7 +61,7 @@ class Engine(Reader):
         batch = self.batch(len(rows))
         num_top = MAX_TOP_LOGPROBS if any(row.settings.logprobs > 0 for row in rows) else 0
         state, output = self.prefill(rows, batch, num_top, prefix)
-        if self.speculation and not any(row.settings.needs_history for row in rows):
+        if self.guesses and not any(row.settings.needs_history for row in rows):
             state = self._speculative(state, rows)
         width, most = self._pace(state)
         # The last token chosen is never fed back, so the cache holds one less than prompt and answer.
@@ -116,7 +116,7 @@ class Engine(Reader):
         return np.asarray(found)[: len(rows), : max(map(len, rows)), : self.cfg.vocab_size]
 
     def warm_up(self, batch_size: int = 1, *, logprobs: bool = False, history: bool = False) -> None:
-        """Compiles every program that requests up to this batch size can need; nothing is compiled after.
+        """Compiles every program that requests up to this batch size can need, but for prefixes; nothing is compiled after.
 
         Args:
             logprobs: also for requests with log-probabilities of the prompt and of alternatives.
@@ -133,7 +133,7 @@ class Engine(Reader):
         for length in _powers(MIN_PROMPT_BUCKET, self.max_length):
             rows = [Row([0] * length, settings, ())] * batch
             state, _ = self.prefill(rows, batch, num_top)
-            if self.speculation and not settings.needs_history:
+            if self.guesses and not settings.needs_history:
                 state = self._speculative(state, rows)
             if length > MIN_PROMPT_BUCKET:
                 continue
@@ -146,7 +146,7 @@ class Engine(Reader):
     def _speculative(self, state: DecodeState, rows: Sequence[Row]) -> SpeculativeState:
         batch = len(state.done)
         tokens, _ = self.pad([row.tokens for row in rows], batch)
-        draft = self.speculation.draft
+        draft = self.guesses.draft
         cache = draft.prefill(rows, batch, 0)[0].cache if draft else None
         return self.on_mesh(speculation.start, state, tokens, cache)
 
@@ -154,15 +154,15 @@ class Engine(Reader):
         """The most tokens of a step, and the most steps of a chunk."""
         if isinstance(state, DecodeState):
             return 1, programs.CHUNK
-        return self.speculation.num_draft + 1, speculation.steps_of(self.speculation.num_draft)
+        return self.guesses.num_draft + 1, speculation.steps_of(self.guesses.num_draft)
 
     def _advance(
         self, state: DecodeState | SpeculativeState, stop: np.ndarray, n: int, num_top: int
     ) -> tuple[DecodeState | SpeculativeState, Output]:
         program, options = programs.decode, {}
         if isinstance(state, SpeculativeState):
-            program, draft = speculation.speculate, self.speculation.draft
-            options = {"num_draft": self.speculation.num_draft}
+            program, draft = speculation.speculate, self.guesses.draft
+            options = {"num_draft": self.guesses.num_draft}
             options |= {"draft_cfg": draft.cfg, "draft_params": draft.params} if draft else {}
         return self.on_mesh(program, self.cfg, self.params, state, stop, np.int32(n), num_top=num_top, **options)
 

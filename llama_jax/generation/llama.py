@@ -45,6 +45,7 @@ class Llama:
         batch_size: the most sequences generated at once.
         mesh: what params lie on; None for one device.
         kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
+        guesses: how several tokens a step are made (llama_jax.generation.speculation); None for one.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Llama:
         batch_size: int = 16,
         mesh: Mesh | None = None,
         kernels: bool = True,
-        speculation: Speculation | None = None,
+        guesses: Speculation | None = None,
     ):
         self.config = config
         self.params = params
@@ -67,7 +68,7 @@ class Llama:
         self.max_length = max_length or config.max_length
         self.batch_size = batch_size
         self.mesh = mesh
-        self.engine = Engine(config, params, self.max_length, mesh, kernels=kernels, speculation=speculation)
+        self.engine = Engine(config, params, self.max_length, mesh, kernels=kernels, guesses=guesses)
 
     def prefill(self, prompt: Prompt) -> Prefix:
         """Reads what several prompts begin with, once: `generate(prompts, prefix=llama.prefill(shared))`.

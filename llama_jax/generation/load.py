@@ -18,6 +18,7 @@ from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.config import ModelConfig
 from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.generation.draft import LOOKUP, check_draft, draft_model, lookup
 from llama_jax.generation.llama import Llama
 from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.ops.kernels.probe import choose_attention
@@ -40,6 +41,8 @@ def load(
     tokenizer: str | Path | None = None,
     batch_size: int = 16,
     adapter: epath.PathLike = "",
+    draft: str = "",
+    draft_tokens: int = 0,
 ) -> Llama:
     """Loads a checkpoint onto the default device, or spread over a mesh of all devices of all processes.
 
@@ -60,6 +63,10 @@ def load(
         batch_size: the most sequences generated at once; more wait their turn.
         adapter: of a LoRA run (WORKDIR or one of its checkpoints, which by itself is loaded over its own base), or a folder of
             PEFT's: added to the weights as they are read.
+        draft: what guesses tokens, several of which one step then checks; the text stays what it is without. "lookup": what
+            followed the last tokens where the text had them before. Otherwise a smaller model of the same tokens, as
+            `checkpoint`.
+        draft_tokens: guesses a step; 0 for 7 looked up, 4 of a model.
 
     Raises:
         LlamaError: there is no complete checkpoint, or a setting is out of range.
@@ -77,6 +84,8 @@ def load(
         raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or None for none")
     if batch_size < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
+    check_draft(draft, draft_tokens)
+    small = open_weights(draft) if draft not in ("", LOOKUP) else None
     if max_length > opened.config.max_length:
         note(f"warning: max_length {max_length:,} is beyond the {opened.config.max_length:,} tokens this model was made for")
     keep_compiled_programs()
@@ -85,6 +94,21 @@ def load(
     device = jax.local_devices()[0]
     if device.platform == "cpu" and quantize and quantize != "w8a8":
         note(f"note: on a CPU {quantize} weights are made float at every step, which is slow: w8a8 is what it multiplies fast")
+    kernels = dtype == "float32" or choose_attention("auto", device, opened.config.head_dim, note)
+    guesses = lookup(draft_tokens) if draft == LOOKUP else None
+    if small:
+        guesses = draft_model(
+            small,
+            tokenizer_of(small),
+            target=opened.config,
+            target_tokenizer=text,
+            dtype=dtype,
+            mesh=devices,
+            quantize=quantize or "",
+            max_length=max_length or opened.config.max_length,
+            kernels=kernels,
+            draft_tokens=draft_tokens,
+        )
     return Llama(
         config=opened.config,
         params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize or ""),
@@ -93,7 +117,8 @@ def load(
         chat_format=chat_format_of_weights(opened, text),
         max_length=max_length or opened.config.max_length,
         batch_size=batch_size,
-        kernels=dtype == "float32" or choose_attention("auto", device, opened.config.head_dim, note),
+        kernels=kernels,
+        guesses=guesses,
     )
 
 

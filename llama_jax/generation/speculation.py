@@ -131,6 +131,11 @@ def steps_of(num_draft: int) -> int:
     return max(1, programs.CHUNK // (num_draft + 1))
 
 
+def slack_of(num_draft: int) -> int:
+    """Slots of a cache beyond the last token of a context: guesses there are written, too."""
+    return -(-num_draft // 16) * 16
+
+
 def look_up(tokens: Array, lengths: Array, num_draft: int) -> Array:
     """What followed the last tokens where they stood before (prompt lookup: Saxena 2023, apoorvumang/prompt-lookup-decoding).
 

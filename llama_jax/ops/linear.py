@@ -22,6 +22,7 @@ RESIDUAL_AXES = ACTIVATION_AXES | {"T": "residual_length"}  # of "BTD": what nor
 
 
 CPU_ROWS = 4  # that a single one is multiplied as on a CPU
+FEW_TOKENS = 16  # a row: up to here both operands are matrices on a CPU
 FEW_ROWS = 8  # up to here a weight whose scales belong to groups of inputs is multiplied group by group
 
 
@@ -91,8 +92,8 @@ def _by_itself(equation: str, x: Array, weight: Array | QArray) -> Array:
 
 
 def _multiplied(equation: str, x: Array, weight: Array) -> Array:
-    """The sums; of single tokens, x [B, 1, ...], in the form that XLA:CPU is fast at."""
-    if x.shape[1] != 1:
+    """The sums; of few tokens a row, x [B, T, ...], in the form that XLA:CPU is fast at."""
+    if x.shape[1] > FEW_TOKENS:
         return _einsum(equation, x, weight)
     return jax.lax.platform_dependent(
         x, weight, cpu=functools.partial(_multiplied_flat, equation), default=functools.partial(_einsum, equation)
@@ -105,10 +106,11 @@ def _multiplied_flat(equation: str, x: Array, weight: Array) -> Array:
     A single row becomes several: there is a kernel for one of float32 only; otherwise the whole weight is made float32 first.
     """
     outputs = weight.shape[: len(_letters(equation)[2]) - 2]
-    rows, matrix = x.reshape(x.shape[0], -1), weight.reshape(math.prod(outputs), -1)
+    B, T = x.shape[:2]
+    rows, matrix = x.reshape(B * T, -1), weight.reshape(math.prod(outputs), -1)
     if len(rows) == 1 and x.dtype != jnp.float32:
         rows = jnp.pad(rows, ((0, CPU_ROWS - 1), (0, 0)))
-    return _einsum("MI,OI->MO", rows, matrix)[: x.shape[0]].reshape(*x.shape[:2], *outputs)
+    return _einsum("MI,OI->MO", rows, matrix)[: B * T].reshape(B, T, *outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -242,3 +242,35 @@ def test_layers_are_rounded_by_one_program_per_weight(tmp_path, caplog):
         llama_jax.load(tmp_path / "model", quantize="fp8")
     compiled = [line for line in caplog.messages if "quantize_leaf" in line and line.startswith("Compiling")]
     assert 0 < len(compiled) <= 8  # q, k, v, o, gate, up, down, head; there are three layers
+
+
+@pytest.mark.parametrize("mesh", [None, {"tensor": 2, "data": 4}])
+@pytest.mark.parametrize("draft", ["lookup", "small"])
+def test_a_draft_changes_no_token(tmp_path, tokenizer_file, draft, mesh):
+    save(tmp_path / "model", tokenizer_files=[tokenizer_file])
+    save(tmp_path / "small", config=dataclasses.replace(CONFIG, num_layers=1), seed=1)
+    asked = dict(temperature=0.7, max_new_tokens=20, seed=4, ignore_eos=True)
+    expected = llama_jax.load(tmp_path / "model").generate(["The child", "She"], **asked)
+    named = draft if draft == "lookup" else str(tmp_path / draft)
+    llama = llama_jax.load(tmp_path / "model", draft=named, draft_tokens=3, mesh=mesh)
+    assert llama.generate(["The child", "She"], **asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("draft", "tokens", "message"),
+    [
+        ("lookup", 16, "draft_tokens is 16, expected 1 to 15"),
+        ("", 4, "nothing guesses them: name a draft"),
+        ("nowhere", 0, "nowhere"),
+        ("wide", 0, "a vocabulary of 430 tokens, the model"),
+        ("other", 0, "the draft's tokenizer is another one than the model's: it has"),
+    ],
+)
+def test_a_draft_that_cannot_be_is_refused(tmp_path, tokenizer_file, draft, tokens, message):
+    save(tmp_path / "model", tokenizer_files=[tokenizer_file])
+    save(tmp_path / "wide", config=dataclasses.replace(CONFIG, vocab_size=430))
+    other = small_sentencepiece(tmp_path / "tokenizer.model", CONFIG.vocab_size - 20)
+    save(tmp_path / "other", tokenizer_files=[other])
+    named = draft if draft in ("", "lookup") else str(tmp_path / draft)
+    with pytest.raises(LlamaError, match=message):
+        llama_jax.load(tmp_path / "model", draft=named, draft_tokens=tokens)

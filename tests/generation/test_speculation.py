@@ -31,7 +31,7 @@ def speculative(num_draft: int = 3, draft: str = "lookup", cfg=CFG, **options):
         params = params_like(cfg, 0.05) if draft == "similar" else params_of(ONE_LAYER)
         draft_cfg = cfg if draft == "similar" else ONE_LAYER
         guess = Reader(draft_cfg, params, cfg.max_length, slack=16)
-    return llama_of(cfg, speculation=Speculation(num_draft, guess), **options)
+    return llama_of(cfg, guesses=Speculation(num_draft, guess), **options)
 
 
 def same(a, b):
@@ -98,7 +98,7 @@ def test_a_prefix_and_guesses_together(llama, guessing):
 
 
 def test_the_target_as_its_own_draft_is_never_wrong(llama):
-    perfect = llama_of(speculation=Speculation(3, Reader(CFG, params_of(CFG), CFG.max_length, slack=16)))
+    perfect = llama_of(guesses=Speculation(3, Reader(CFG, params_of(CFG), CFG.max_length, slack=16)))
     for changes in (dict(temperature=0), dict(temperature=1.0, seed=5)):
         steps, tokens = steps_and_tokens(perfect, ids(7), max_new_tokens=41, **changes)
         assert (steps, len(tokens)) == (10, 41)  # the first token is prefill's
@@ -120,7 +120,7 @@ def test_the_distribution_is_the_target_s_whatever_the_draft_says():
     wrong = Reader(cfg, params_like(cfg, 0.6), cfg.max_length, slack=16)
     options = dict(tokenizer=None, batch_size=500)
     counts = []
-    for llama, seed in ((llama_of(cfg, speculation=Speculation(2, wrong), **options), 1), (llama_of(cfg, **options), 2)):
+    for llama, seed in ((llama_of(cfg, guesses=Speculation(2, wrong), **options), 1), (llama_of(cfg, **options), 2)):
         answers = llama.generate([[1, 5]], dataclasses.replace(asked, n=4000, seed=seed))
         counts.append(np.bincount([answer.tokens[2] for answer in answers], minlength=16))
     a, b = counts

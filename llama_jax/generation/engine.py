@@ -76,7 +76,7 @@ class Engine:
                 state = self._with_room(state, int(np.minimum(prompts + made, limits).max()))
                 stop = np.zeros(batch, bool)
                 stop[: len(rows)] = halt
-                state, output = self._on_mesh(programs.decode, self.cfg, self.params, state, stop, np.int32(n), num_top=num_top)
+                state, output = self._decode(state, stop, n, num_top)
                 waiting.append((output, n))
             output, n = waiting.popleft()
             output = Output(*(np.asarray(part)[: len(rows), :n] for part in output))
@@ -127,9 +127,8 @@ class Engine:
             state, _ = self._prefill([Row([0] * length, settings, ())] * batch, batch, num_top)
             if length > MIN_PROMPT_BUCKET:
                 continue
-            nothing, none = np.zeros(batch, bool), np.int32(0)
             while True:
-                state, _ = self._on_mesh(programs.decode, self.cfg, self.params, state, nothing, none, num_top=num_top)
+                state, _ = self._decode(state, np.zeros(batch, bool), 0, num_top)
                 if _capacity(state) >= self.max_length:
                     break
                 state = self._with_room(state, _capacity(state) + 1)
@@ -147,6 +146,10 @@ class Engine:
             num_top=num_top,
             kernels=self.kernels,
         )
+
+    def _decode(self, state: DecodeState, halt: np.ndarray, n: int, num_top: int) -> tuple[DecodeState, Output]:
+        more = {"num_top": num_top, "kernels": self.kernels}
+        return self._on_mesh(programs.decode, self.cfg, self.params, state, halt, np.int32(n), **more)
 
     def _pad(self, rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [batch, bucket] and lengths [batch]; rows that only fill the batch are one token long."""

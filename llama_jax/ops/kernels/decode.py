@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128)
 BLOCK = 64  # slots that a program reads at a time
 PROGRAMS = 256  # to be had: two for each processor of an H100 or H200, all at once
 MOST_SPLITS = 32

@@ -191,7 +191,7 @@ def time_batch(subject: Subject, batch: int) -> dict[str, float]:
         prefill_seconds.append(time.perf_counter() - start)
     halt, n = np.zeros(batch, bool), np.int32(STEPS)
     start = time.perf_counter()
-    decode = programs.decode.lower(cfg, subject.params, state, halt, n, num_top=0).compile()
+    decode = programs.decode.lower(cfg, subject.params, state, halt, n, num_top=0, kernels=subject.kernels).compile()
     decode_compile_seconds = time.perf_counter() - start
     step_seconds = []
     for _ in range(UNCOUNTED + subject.steps // STEPS):

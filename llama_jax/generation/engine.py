@@ -159,12 +159,12 @@ class Engine(Reader):
     def _advance(
         self, state: DecodeState | SpeculativeState, stop: np.ndarray, n: int, num_top: int
     ) -> tuple[DecodeState | SpeculativeState, Output]:
-        program, options = programs.decode, {}
+        program, options = programs.decode, {"num_top": num_top, "kernels": self.kernels}
         if isinstance(state, SpeculativeState):
             program, draft = speculation.speculate, self.guesses.draft
-            options = {"num_draft": self.guesses.num_draft}
+            options |= {"num_draft": self.guesses.num_draft}
             options |= {"draft_cfg": draft.cfg, "draft_params": draft.params} if draft else {}
-        return self.on_mesh(program, self.cfg, self.params, state, stop, np.int32(n), num_top=num_top, **options)
+        return self.on_mesh(program, self.cfg, self.params, state, stop, np.int32(n), **options)
 
     def _with_room(self, state: DecodeState | SpeculativeState, length: int) -> DecodeState | SpeculativeState:
         """The state with a cache for at least `length` tokens a row."""

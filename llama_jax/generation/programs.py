@@ -138,9 +138,9 @@ def first_row(cache: KVCache) -> KVCache:
     return jax.tree.map(lambda x: constrain(x[:1], None, *CACHE_AXES[1:]), cache)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "num_top"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("cfg", "num_top", "kernels"), donate_argnames="state")
 def decode(
-    cfg: ModelConfig, params: Params, state: DecodeState, halt: Array, n: Array, *, num_top: int
+    cfg: ModelConfig, params: Params, state: DecodeState, halt: Array, n: Array, *, num_top: int, kernels: bool = True
 ) -> tuple[DecodeState, Output]:
     """Makes up to n tokens a row in one program: forward, sampling and stopping all on the device.
 
@@ -148,6 +148,7 @@ def decode(
         state: donated; its cache has room for n more tokens in every row that is not done.
         halt: [B] bool, rows that the host has ended (a stop string, a reader who left).
         n: scalar, at most CHUNK; not a constant of the program, so a reader in a hurry and a batch job share it.
+        kernels: whether attention may use the platform's kernels.
 
     Returns:
         The state, and n tokens a row in the first columns of [B, CHUNK].
@@ -166,7 +167,7 @@ def decode(
 
     def body(carry):
         step, state, outputs = carry
-        state, output = _decode_step(cfg, params, state, num_top)
+        state, output = _decode_step(cfg, params, state, num_top, kernels)
         outputs = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, step, 1), outputs, output)
         return step + 1, place(state), by_rows(outputs)
 
@@ -258,10 +259,11 @@ def _begin(
     return place(state), replicate(jax.tree.map(lambda x: x[:, None], output))
 
 
-def _decode_step(cfg: ModelConfig, params: Params, state: DecodeState, num_top: int) -> tuple[DecodeState, Output]:
-    x, cache = hidden_states(
-        cfg, params, state.last_token[:, None], state.lengths[:, None], state.cache, state.controls.rope_length
-    )
+def _decode_step(
+    cfg: ModelConfig, params: Params, state: DecodeState, num_top: int, kernels: bool
+) -> tuple[DecodeState, Output]:
+    tokens, positions = state.last_token[:, None], state.lengths[:, None]
+    x, cache = hidden_states(cfg, params, tokens, positions, state.cache, state.controls.rope_length, kernels=kernels)
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
     state = dataclasses.replace(state, cache=cache, lengths=lengths)
     return _choose(cfg, state, logits(cfg, params, x)[:, 0], num_top)

@@ -73,7 +73,7 @@ def grow(state: SpeculativeState, *, cache_length: int) -> SpeculativeState:
     return _place(dataclasses.replace(state, target=target, tokens=tokens, draft_cache=draft_cache))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "draft_cfg", "num_draft", "num_top"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("cfg", "draft_cfg", "num_draft", "num_top", "kernels"), donate_argnames="state")
 def speculate(
     cfg: ModelConfig,
     params: Params,
@@ -85,6 +85,7 @@ def speculate(
     num_top: int,
     draft_cfg: ModelConfig | None = None,
     draft_params: Params | None = None,
+    kernels: bool = True,
 ) -> tuple[SpeculativeState, Output]:
     """n steps, each of which makes 1 to num_draft + 1 tokens a row.
 
@@ -93,6 +94,7 @@ def speculate(
             num_draft + 1 in others. No row has a penalty or a bias.
         halt: [B] bool, rows that the host has ended.
         n: scalar, at most steps_of(num_draft).
+        kernels: whether attention of the smaller model may use the platform's kernels.
 
     Returns:
         The state, and the tokens of every row in the first of so many columns; -1 after them.
@@ -114,7 +116,7 @@ def speculate(
         if draft_cfg is None:
             guesses = look_up(state.tokens, state.target.lengths, num_draft)
         else:
-            guesses, draft_cache = _guess(draft_cfg, draft_params, state, num_draft)
+            guesses, draft_cache = _guess(draft_cfg, draft_params, state, num_draft, kernels)
             state = dataclasses.replace(state, draft_cache=draft_cache)
         state, output, count = _check(cfg, params, state, guesses, num_top)
         outputs = jax.tree.map(lambda all, new: _put(all, new, made, count), outputs, output)
@@ -164,13 +166,15 @@ def look_up(tokens: Array, lengths: Array, num_draft: int) -> Array:
     return jnp.take_along_axis(tokens, following, axis=1)
 
 
-def _guess(cfg: ModelConfig, params: Params, state: SpeculativeState, num_draft: int) -> tuple[Array, KVCache]:
+def _guess(cfg: ModelConfig, params: Params, state: SpeculativeState, num_draft: int, kernels: bool) -> tuple[Array, KVCache]:
     """The smaller model's own draws [B, num_draft]; its cache then has the last of them, too."""
     controls, lengths = state.target.controls, state.target.lengths
 
     def step(carry: tuple[Array, KVCache], i: Array) -> tuple[tuple[Array, KVCache], Array]:
         token, cache = carry
-        x, cache = hidden_states(cfg, params, token[:, None], lengths[:, None] + i, cache, controls.rope_length)
+        x, cache = hidden_states(
+            cfg, params, token[:, None], lengths[:, None] + i, cache, controls.rope_length, kernels=kernels
+        )
         raw = constrain(logits(cfg, params, x)[:, 0], "batch", None)[:, : cfg.vocab_size]
         token = sample(raw, row_keys(controls.seed, lengths + 1 + i), controls.sampling)
         return (token, place_cache(cache)), token

@@ -9,8 +9,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from llama_jax.config import ModelConfig
-from llama_jax.model.cache import LayerCache, repeat_heads, write
-from llama_jax.ops.attention import attend_cached, attend_causal
+from llama_jax.model.attention import attend_and_write
+from llama_jax.model.cache import LayerCache, repeat_heads
+from llama_jax.ops.attention import attend_causal
 from llama_jax.ops.linear import WEIGHT_AXES, project_each
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.rope import rotate
@@ -23,7 +24,7 @@ class Block(nn.Module):
 
     Attributes:
         adapted: makes the products instead of `project_each`, from equations by name, x and weights (llama_jax.model.lora).
-        kernels: whether attention may use the platform's kernel (llama_jax.ops.attention.attend_causal).
+        kernels: whether attention may use the platform's kernel (attend_causal and attend_and_write say which).
     """
 
     cfg: ModelConfig
@@ -53,14 +54,12 @@ class Block(nn.Module):
         D = self.cfg.embed_dim
         y = rms_norm(x, self.weight("attn_norm", (D,), ("norm",)), self.cfg.norm_eps)
         q, k, v = self.project(y, q_proj="BTD,NHD->BTNH", k_proj="BTD,KHD->BTKH", v_proj="BTD,KHD->BTKH")
-        q, k = rotate(q, cos, sin), repeat_heads(rotate(k, cos, sin))
-        v = repeat_heads(v)
         if cache is None:
+            q, k, v = rotate(q, cos, sin), repeat_heads(rotate(k, cos, sin)), repeat_heads(v)
             y = attend_causal(q, k, v, segment_ids, kernels=self.kernels)
             cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
-            cache = write(cache, k, v, positions[:, 0])
-            y = attend_cached(q, cache.k, cache.v, positions)
+            y, cache = attend_and_write(q, k, v, cos, sin, cache, positions, kernels=self.kernels)
         x = x + self.project(y, o_proj="BTNH,DNH->BTD")[0]
 
         y = rms_norm(x, self.weight("mlp_norm", (D,), ("norm",)), self.cfg.norm_eps)

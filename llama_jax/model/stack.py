@@ -49,7 +49,7 @@ def hidden_states(
         cache: the keys and values of earlier tokens; this call's are written into the slots `positions`. Without one, this
             call's keys and values are the cache returned.
         rope_length: [B] or a number, for `dynamic` RoPE: the tokens each sequence will have. T when not given.
-        kernels: whether attention may use the platform's kernel, without a cache.
+        kernels: whether attention may use the platform's kernels.
 
     Returns:
         [B, T, D] before the final norm, and the cache.

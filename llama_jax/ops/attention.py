@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.ops.kernels import flash, splash
+from llama_jax.ops.kernels import flash, ragged, splash
 from llama_jax.ops.linear import dot
 from llama_jax.sharding import per_device
 
@@ -53,31 +53,43 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
     return jax.lax.platform_dependent(q, k, v, segment_ids, **usable, default=plain)
 
 
-def attend_cached(q: Array, k: Array, v: Array, positions: Array) -> Array:
-    """Attention of tokens to a cache that holds them and those before.
-
-    Scores are in memory for a block of queries at a time, one block after the other.
+def attend_cached(q: Array, k: Array, v: Array, positions: Array, *, kernels: bool = True) -> Array:
+    """Attention to a cache that has the queries' own keys and values: a token sees the slots up to its position.
 
     Args:
         q: [B, T, N, H], rotated.
-        k, v: [B, K, S, H], the token at position p in slot p, k rotated.
-        positions: [B, T] of the queries.
+        k, v: [B, K, S, H], k rotated; N is a multiple of K.
+        positions: [B, T].
+        kernels: of single tokens by the TPU's kernel, which reads filled slots only, where it has one for the shape. Otherwise,
+            and of float32, as attend, scores in memory for a block of queries at a time, one block after the other.
 
     Returns:
         [B, T, N, H] in v's dtype.
     """
-
-    def block(queries: tuple[Array, Array]) -> Array:
-        q, positions = queries
-        return attend(q, k, v, jnp.arange(k.shape[2]) <= positions[:, :, None])
-
     B, T, N, H = q.shape
-    if T <= QUERIES:
-        return block((q, positions))
-    count = -(-T // QUERIES)
-    q, positions = (jnp.pad(x, ((0, 0), (0, count * QUERIES - T), *[(0, 0)] * (x.ndim - 2))) for x in (q, positions))
-    blocks = (jnp.moveaxis(x.reshape(B, count, QUERIES, *x.shape[2:]), 1, 0) for x in (q, positions))
-    return jnp.moveaxis(jax.lax.map(block, tuple(blocks)), 0, 1).reshape(B, count * QUERIES, N, H)[:, :T]
+    S = k.shape[2]
+
+    def plain(q: Array, k: Array, v: Array, positions: Array) -> Array:
+        def block(queries: tuple[Array, Array]) -> Array:
+            q, positions = queries
+            return attend(q, k, v, jnp.arange(S) <= positions[:, :, None])
+
+        if T <= QUERIES:
+            return block((q, positions))
+        count = -(-T // QUERIES)
+        q, positions = (jnp.pad(x, ((0, 0), (0, count * QUERIES - T), *[(0, 0)] * (x.ndim - 2))) for x in (q, positions))
+        blocks = (jnp.moveaxis(x.reshape(B, count, QUERIES, *x.shape[2:]), 1, 0) for x in (q, positions))
+        return jnp.moveaxis(jax.lax.map(block, tuple(blocks)), 0, 1).reshape(B, count * QUERIES, N, H)[:, :T]
+
+    def by_kernel(q: Array, k: Array, v: Array, positions: Array) -> Array:
+        return ragged.attend_ragged(q[:, 0], k, v, jnp.minimum(positions[:, 0] + 1, S))[:, None]
+
+    same_dtype = q.dtype == k.dtype != jnp.float32
+    if not kernels or not same_dtype or T != 1 or not ragged.supports(S, H):
+        return plain(q, k, v, positions)
+    heads, cache = ("batch", "length", "heads", "head_dim"), ("batch", "kv_heads", "cache_length", "head_dim")
+    run = per_device(by_kernel, (heads, cache, cache, ("batch", "length")), heads)
+    return jax.lax.platform_dependent(q, k, v, positions, tpu=run, default=plain)
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:

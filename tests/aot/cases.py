@@ -1,5 +1,6 @@
 """What is compiled ahead of time, and what any of it has to keep."""
 
+import collections
 import math
 
 from llama_jax.mesh import MeshShape
@@ -31,3 +32,11 @@ def copies(program: list[Instruction], shape: tuple[int, ...]) -> list[str]:
     """The instructions that copy or transpose an array of this shape in memory; fetching it onto the chip (S(1)) is reading."""
     moves = [i for i in program if i.opcode in ("copy", "transpose") and "S(1)" not in i.results]
     return [str(i) for i in moves if any(math.prod(s) == math.prod(shape) for _, s in i.arrays)]
+
+
+def kernels_of_a_layer(program: list[Instruction], num_layers: int) -> int:
+    """Kernels that a step launches for each layer: those of the largest computation, which decode's loop repeats; what is
+    there once, around the layers and in sampling, is less than one a layer."""
+    launched = [i for i in program if i.opcode not in ("bitcast", "constant", "get-tuple-element", "parameter", "tuple")]
+    [(_, count)] = collections.Counter(i.computation for i in launched).most_common(1)
+    return count // num_layers

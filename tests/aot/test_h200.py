@@ -8,7 +8,7 @@ import pytest
 from llama_jax.config import PRESETS
 from llama_jax.mesh import MeshShape
 from llama_jax.plan.hlo import Instruction
-from tests.aot.cases import compiled, copies
+from tests.aot.cases import compiled, copies, kernels_of_a_layer
 
 pytestmark = [
     pytest.mark.aot,
@@ -28,14 +28,18 @@ def scores(program: list[Instruction], elements: int) -> list[str]:
     return [str(i) for i in program if any(math.prod(shape) >= elements for _, shape in i.arrays)]
 
 
-def test_decode_of_7b_copies_no_cache_and_no_weight():
-    cfg, batch, length = PRESETS["llama2_7b"], 8, 2048
+@pytest.mark.parametrize(("batch", "attention", "kernels"), [(1, 2, 15), (8, 1, 12)])
+def test_decode_of_7b_copies_no_cache_and_no_weight_in_few_kernels(batch, attention, kernels):
+    """Of one row the norms, too, are two kernels each; of eight XLA makes one of each, and rows enough for no merge."""
+    cfg, length = PRESETS["llama2_7b"], 2048
     _, report, program = compiled("llama2_7b", "h200", "decode", MeshShape(), batch=batch, length=length)
     cache = 2 * cfg.num_layers * batch * cfg.num_kv_heads * length * cfg.head_dim * 2
     assert cache <= report.alias_bytes < 1.001 * cache
     assert not copies(program, (batch, cfg.num_kv_heads, length, cfg.head_dim))
     assert not copies(program, (cfg.mlp_dim, cfg.embed_dim)) and not copies(program, (cfg.embed_dim, cfg.embed_dim))
     assert report.temporary_bytes < 32 * 2**20
+    assert attention_kernels(program) == attention * cfg.num_layers
+    assert kernels_of_a_layer(program, cfg.num_layers) <= kernels
 
 
 def test_training_of_7b_on_a_node_gathers_weights_twice_and_scatters_float32_gradients():

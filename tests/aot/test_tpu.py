@@ -28,6 +28,7 @@ SLOW = 240  # seconds: 80 unrolled layers with a kernel each, and meshes of 256 
         ("llama2_7b", "v5e-8", MeshShape(tensor=8), 64, 2048, None),
         ("llama2_70b", "v5e-16", MeshShape(tensor=16), 8, 2048, "int8"),
         ("llama2_70b", "v5p-16", MeshShape(tensor=8), 8, 2048, None),
+        ("llama3_1_8b", "v6e-8", MeshShape(tensor=8), 64, 4096, None),
     ],
 )
 def test_decode(model, topology, mesh, batch, length, quantize):
@@ -43,6 +44,7 @@ def test_decode(model, topology, mesh, batch, length, quantize):
     assert cache <= report.alias_bytes < 1.001 * cache + 2**20  # overwritten in place
     assert not copies(program, (batch, heads, length, cfg.head_dim))
     assert report.temporary_bytes < 0.10 * report.argument_bytes
+    assert sum(i.opcode == "custom-call" and "ragged_attention" in i.name for i in program) == cfg.num_layers
 
 
 def test_prefill_of_70b_uses_splash_attention_and_gathers_no_weight():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tests.model.make import SMALL
 
 CFG = dataclasses.replace(SMALL, head_dim=64)
 TOKENS = np.zeros((1, 128), np.int32)
-PER_LAYER = 2  # of kernels: the TPU's and the GPU's, of which a compiled program has one
+PER_LAYER = 2  # of kernels: the TPU's and the GPU's, of which a compiled program has one; in decode the GPU's two
 
 
 def kernels(program, params: Params) -> int:
@@ -44,9 +45,15 @@ def test_by_the_setting_of_an_engine(allowed, monkeypatch):
         found = kernels(lambda params: program(cfg, params, *args, **options), params)
         raise CalledError(found)
 
-    monkeypatch.setattr(engine, "_on_mesh", count)
+    def describe(program, cfg, params, *args, **options):
+        return jax.eval_shape(lambda params: program(cfg, params, *args, **options), params)
+
+    monkeypatch.setattr(engine, "on_mesh", describe)
+    state, _ = engine.prefill([Row(tokens[:90], Settings(), ())], 1, 0)
+    monkeypatch.setattr(engine, "on_mesh", count)
     calls = (
         lambda: engine.prefill([Row(tokens, Settings(), ())], 1, 0),
+        lambda: engine._advance(state, np.zeros(1, bool), 1, 0),
         lambda: engine.score(tokens),
         lambda: engine.logits([tokens]),
     )

@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from llama_jax.errors import LlamaError
-from llama_jax.ops.kernels import flash, probe
+from llama_jax.ops.attention import attend_causal
+from llama_jax.ops.kernels import decode, flash, probe
 from llama_jax.ops.kernels.probe import choose_attention
 
 GPU = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100")
@@ -22,14 +23,42 @@ def found(monkeypatch):
     return faults
 
 
-def test_a_kernel_that_works_has_no_fault(monkeypatch):
-    monkeypatch.setattr(flash, "attend_flash", functools.partial(flash.attend_flash, interpret=True))
+def interpret(monkeypatch, module, name: str) -> None:
+    monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+
+
+@pytest.fixture
+def working_flash(monkeypatch):
+    monkeypatch.setattr(flash, "attend_flash", functools.partial(attend_causal, kernels=False))
+
+
+def test_kernels_that_work_have_no_fault(monkeypatch):
+    interpret(monkeypatch, flash, "attend_flash")
+    interpret(monkeypatch, decode, "rotate_append_attend")
     with jax.default_matmul_precision("default"):
         assert probe.find_fault.__wrapped__(CPU, 64) == ""
 
 
 def test_a_kernel_that_does_not_compile_says_why():
     assert "interpret mode" in probe.find_fault.__wrapped__(CPU, 64)
+
+
+def test_a_decode_kernel_that_does_not_compile_says_why(working_flash):
+    assert "interpret mode" in probe.find_fault.__wrapped__(CPU, 64)
+
+
+@pytest.mark.parametrize("broken, said", [(0, "a token's out is wrong by"), (1, "its cached key is wrong by")])
+def test_a_decode_kernel_that_computes_something_else_is_found_out(working_flash, monkeypatch, broken, said):
+    interpret(monkeypatch, decode, "rotate_append_attend")
+    right = decode.rotate_append_attend
+
+    def wrong(*args):
+        results = list(right(*args))
+        results[broken] = 1.1 * results[broken]
+        return tuple(results)
+
+    monkeypatch.setattr(decode, "rotate_append_attend", wrong)
+    assert said in probe.find_fault.__wrapped__(CPU, 64)
 
 
 @pytest.mark.parametrize("factor", [1.1, float("nan")])

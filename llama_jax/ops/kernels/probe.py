@@ -9,8 +9,9 @@ import numpy as np
 from jax import Array
 
 from llama_jax.errors import ExitCode, LlamaError
-from llama_jax.ops.attention import attend_causal
-from llama_jax.ops.kernels import flash
+from llama_jax.ops.attention import attend, attend_causal
+from llama_jax.ops.kernels import decode, flash
+from llama_jax.ops.rope import rotate
 
 ATTENTION = ("auto", "kernel", "plain")
 LENGTH, HEADS, KV_HEADS = 256, 4, 2
@@ -18,7 +19,7 @@ LARGEST_ERROR = 0.02  # of a result's largest value; bfloat16 rounds to 0.004 of
 
 
 def choose_attention(wanted: str, device: jax.Device, head_dim: int, note: Callable[[str], None]) -> bool:
-    """The argument `kernels` of ops.attention.attend_causal, for programs to find once and pass on.
+    """The argument `kernels` of attention's functions (ops.attention, model.attention), for programs to find once and pass on.
 
     Args:
         wanted: kernel | plain | auto: on a GPU the kernel if it works, else plain, with a warning; elsewhere as kernel.
@@ -44,26 +45,54 @@ def choose_attention(wanted: str, device: jax.Device, head_dim: int, note: Calla
 
 @functools.cache
 def find_fault(device: jax.Device, head_dim: int) -> str:
-    """What is wrong with the kernel's result or gradients on a device, or the first line of the error; "" if nothing is."""
+    """What is wrong with a kernel's result or gradients on a device, or the first line of the error; "" if nothing is."""
     rng = np.random.default_rng(0)
-    q, k, v, d_out = (rng.normal(size=(1, LENGTH, heads, head_dim)) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
-    inputs = jax.device_put([jnp.asarray(a, jnp.bfloat16) for a in (q, k, v, d_out)], device)
+
+    def draw(*shape: int) -> Array:
+        return jax.device_put(jnp.asarray(rng.normal(size=shape), jnp.bfloat16), device)
+
+    q, k, v, d_out = (draw(1, LENGTH, heads, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
     segments = jax.device_put(np.repeat([[1, 2, 0]], [100, LENGTH - 107, 7], axis=1).astype(np.int32), device)
 
-    def run(attend: Callable) -> list[np.ndarray]:
-        def both(q: Array, k: Array, v: Array, d_out: Array) -> tuple[Array, ...]:
+    def both(attend: Callable) -> Callable:
+        def run(q: Array, k: Array, v: Array, d_out: Array) -> tuple[Array, ...]:
             out, pull = jax.vjp(lambda *a: attend(*a, segments), q, k, v)
             return out, *pull(d_out)
 
-        return [np.asarray(a, np.float32) for a in jax.jit(both)(*inputs)]
+        return run
 
+    plain = both(functools.partial(attend_causal, kernels=False))
+    fault = _difference(both(flash.attend_flash), plain, (q, k, v, d_out), ("out", "dq", "dk", "dv"))
+    cache = (draw(1, KV_HEADS, LENGTH, head_dim) for _ in range(2))
+    token = (
+        q[:, 0],
+        k[:, 0],
+        v[:, 0],
+        *jnp.split(draw(1, head_dim).astype(jnp.float32), 2, axis=1),
+        *cache,
+        segments[:, 0] + 99,
+    )
+    return fault or _difference(
+        decode.rotate_append_attend, _attend_token, token, ("a token's out", "its cached key", "its cached value")
+    )
+
+
+def _attend_token(
+    q: Array, k: Array, v: Array, cos: Array, sin: Array, k_cache: Array, v_cache: Array, positions: Array
+) -> tuple[Array, Array, Array]:
+    """decode.rotate_append_attend of one row, in plain JAX."""
+    q, k = (rotate(x[:, None], cos[:, None], sin[:, None]) for x in (q, k))
+    k_cache, v_cache = k_cache.at[:, :, positions[0]].set(k[:, 0]), v_cache.at[:, :, positions[0]].set(v)
+    return attend(q, k_cache, v_cache, (jnp.arange(LENGTH) <= positions)[None, None])[:, 0], k_cache, v_cache
+
+
+def _difference(by_kernel: Callable, plain: Callable, inputs: tuple[Array, ...], names: tuple[str, ...]) -> str:
     try:
-        results = run(flash.attend_flash)
+        results = [np.asarray(a, np.float32) for a in jax.jit(by_kernel)(*inputs)]
     except Exception as error:  # a compiler's, a driver's or jax's own
         return (str(error).strip() or repr(error)).splitlines()[0]
-    for name, ours, wanted in zip(
-        ("out", "dq", "dk", "dv"), results, run(functools.partial(attend_causal, kernels=False)), strict=True
-    ):
+    for name, ours, wanted in zip(names, results, jax.jit(plain)(*inputs), strict=True):
+        wanted = np.asarray(wanted, np.float32)
         if not np.abs(ours - wanted).max() <= LARGEST_ERROR * np.abs(wanted).max():
             return f"{name} is wrong by {np.abs(ours - wanted).max():.2g} of {np.abs(wanted).max():.2g}"
     return ""

@@ -1,0 +1,77 @@
+"""Attention to the cache by the kernels of other platforms, interpreted on the CPU, against what the CPU computes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from llama_jax.mesh import cache_heads
+from llama_jax.model.attention import attend_and_write
+from llama_jax.model.cache import LayerCache
+from llama_jax.ops.kernels import decode, ragged
+from tests.make_mesh import equations, mesh_of, on
+
+ROWS, HEADS, KV_HEADS, SLOTS, HEAD_DIM = 8, 8, 2, 128, 128
+POSITIONS = np.array([0, 1, 5, 63, 64, 100, 126, 127], np.int32)[:, None]
+
+
+def draw(K: int, T: int = 1, dtype=ml_dtypes.bfloat16) -> tuple:
+    """Arguments of attend_and_write, of a cache of K heads."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(ROWS, T, heads, HEAD_DIM)).astype(dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    angles = rng.uniform(0, 6, (ROWS, T, HEAD_DIM // 2))
+    cache = LayerCache(*(jnp.asarray(rng.normal(size=(ROWS, K, SLOTS, HEAD_DIM)), dtype) for _ in range(2)))
+    return q, k, v, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), cache, POSITIONS
+
+
+@pytest.fixture(params=["cuda", "tpu"])
+def elsewhere(request, monkeypatch):
+    """Programs are traced as for another platform, whose kernels are interpreted; returns their calls."""
+    called = []
+
+    def choose(*args, default=None, **branches):
+        return branches.get(request.param, branches.get("cpu", default))(*args)
+
+    for module, name in ((decode, "rotate_append_attend"), (ragged, "attend_ragged")):
+        kernel = functools.partial(getattr(module, name), interpret=True)
+        monkeypatch.setattr(module, name, lambda *args, name=name, kernel=kernel: called.append(name) or kernel(*args))
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    yield called
+    assert called == [{"cuda": "rotate_append_attend", "tpu": "attend_ragged"}[request.param]]
+
+
+@pytest.mark.parametrize("name", [None, "8x1x1", "1x1x8", "2x2x2"])
+def test_a_kernel_computes_what_a_cpu_computes(elsewhere, name):
+    """On a mesh, too; where it has more devices on tensor than key/value heads, these are repeated."""
+    mesh = None if name is None else mesh_of(name)
+    args = draw(cache_heads(KV_HEADS, 1 if mesh is None else mesh.shape["tensor"]))
+    with on(mesh):
+        out, cache = jax.jit(lambda *args: attend_and_write(*args))(*args)
+        alone = jax.jit(lambda *args: attend_and_write(*args, kernels=False))(*args)
+    np.testing.assert_allclose(out.astype(np.float32), alone[0].astype(np.float32), rtol=0, atol=0.02)
+    for ours, wanted in zip(cache, alone[1], strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+def kernels(*args, **options) -> list[str]:
+    program = functools.partial(attend_and_write, **options)
+    return [str(e.params["name"]) for e in equations(program, *args) if e.primitive.name == "pallas_call"]
+
+
+def test_of_single_tokens_in_half_precision_platforms_have_kernels_where_they_are_allowed():
+    found = kernels(*draw(KV_HEADS))
+    assert len(found) == 3 and set(found) == {"ragged_attention", "decode_attention", "decode_attention_merge"}
+    assert not kernels(*draw(KV_HEADS), kernels=False)
+
+
+@pytest.mark.parametrize("T, dtype", [(2, ml_dtypes.bfloat16), (1, np.float32)])
+def test_of_several_tokens_and_of_float32_there_are_none(T, dtype):
+    assert not kernels(*draw(KV_HEADS, T, dtype))
+
+
+def test_of_a_cache_in_another_dtype_there_are_none():
+    *args, cache, positions = draw(KV_HEADS)
+    assert not kernels(*args, LayerCache(*(x.astype(jnp.float32) for x in cache)), positions)

@@ -36,14 +36,25 @@ class Engine:
         max_length: tokens a sequence may have, prompt and answer together.
         mesh: what the parameters lie on; None for one device. Every process of it makes the same calls.
         kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
+        cache_dtype: of keys and values, one of llama_jax.model.CACHE_DTYPES.
     """
 
-    def __init__(self, cfg: ModelConfig, params: Params, max_length: int, mesh: Mesh | None = None, *, kernels: bool = True):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: Params,
+        max_length: int,
+        mesh: Mesh | None = None,
+        *,
+        kernels: bool = True,
+        cache_dtype: str = "auto",
+    ):
         self.cfg = cfg
         self.params = params
         self.max_length = max_length
         self.mesh = mesh
         self.kernels = kernels
+        self.cache_dtype = cache_dtype
 
     def run(self, rows: Sequence[Row], halt: np.ndarray, pace_seconds: float | None = None) -> Iterator[Output]:
         """Continues all rows as one batch.
@@ -96,14 +107,16 @@ class Engine:
         T = len(tokens)
         padded, lengths = self._pad([tokens], self._batch(1))
         top = MAX_TOP_LOGPROBS if num_top else 0
-        output = self._on_mesh(programs.score, self.cfg, self.params, padded, lengths, num_top=top, kernels=self.kernels)
+        options = dict(kernels=self.kernels, cache_dtype=self.cache_dtype)
+        output = self._on_mesh(programs.score, self.cfg, self.params, padded, lengths, num_top=top, **options)
         output = Output(*(np.asarray(part)[0, : T - 1] for part in output))
         return output._replace(top_ids=output.top_ids[:, :num_top], top_logprobs=output.top_logprobs[:, :num_top])
 
     def logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """[B, longest row, V] float32 of rows of tokens; after a row's end they mean nothing."""
         padded, lengths = self._pad(rows, self._batch(len(rows)))
-        found = self._on_mesh(programs.all_logits, self.cfg, self.params, padded, lengths, kernels=self.kernels)
+        options = dict(kernels=self.kernels, cache_dtype=self.cache_dtype)
+        found = self._on_mesh(programs.all_logits, self.cfg, self.params, padded, lengths, **options)
         if jax.process_count() > 1:
             found = multihost_utils.process_allgather(found, tiled=True)
         return np.asarray(found)[: len(rows), : max(map(len, rows)), : self.cfg.vocab_size]
@@ -146,6 +159,7 @@ class Engine:
             cache_length=bucket(tokens.shape[1] + programs.CHUNK, self.max_length, MIN_PROMPT_BUCKET),
             num_top=num_top,
             kernels=self.kernels,
+            cache_dtype=self.cache_dtype,
         )
 
     def _pad(self, rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:

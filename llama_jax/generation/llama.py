@@ -34,6 +34,7 @@ class Llama:
         batch_size: the most sequences generated at once.
         mesh: what params lie on; None for one device.
         kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
+        cache_dtype: of keys and values, one of llama_jax.model.CACHE_DTYPES; score and logits read rounded ones, as decoding.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Llama:
         batch_size: int = 16,
         mesh: Mesh | None = None,
         kernels: bool = True,
+        cache_dtype: str = "auto",
     ):
         self.config = config
         self.params = params
@@ -55,7 +57,7 @@ class Llama:
         self.max_length = max_length or config.max_length
         self.batch_size = batch_size
         self.mesh = mesh
-        self.engine = Engine(config, params, self.max_length, mesh, kernels=kernels)
+        self.engine = Engine(config, params, self.max_length, mesh, kernels=kernels, cache_dtype=cache_dtype)
 
     def generate(
         self, prompts: Sequence[Prompt], settings: Settings | Sequence[Settings] | None = None, **changes: Any

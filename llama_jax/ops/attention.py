@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from llama_jax.ops.kernels import flash, splash
 from llama_jax.ops.linear import dot
+from llama_jax.ops.qarray import QVectors
 from llama_jax.sharding import per_device
 
 # Finite, so that a row that may look nowhere stays finite (a softmax of all -inf is NaN and spreads through the batch).
@@ -53,7 +55,7 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
     return jax.lax.platform_dependent(q, k, v, segment_ids, **usable, default=plain)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def attend(q: Array, k: Array | QVectors, v: Array | QVectors, mask: Array) -> Array:
     """Grouped-query attention; one query head per key/value head is plain multi-head.
 
     Query head n reads key/value head n // G (Ainslie et al. 2023, arXiv:2305.13245); keys and values are not repeated. Scores
@@ -61,16 +63,17 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
     Args:
         q: [B, T, N, H], rotated.
-        k, v: [B, K, S, H], k rotated; N is a multiple of K.
+        k, v: [B, K, S, H], k rotated; N is a multiple of K. Of QVectors the int8 values are cast to q's dtype in the products,
+            and the scales, [B, K, S], multiply the scores and the probabilities.
         mask: [B or 1, T, S] bool, True where a query may look.
 
     Returns:
-        [B, T, N, H] in v's dtype. A row that may look nowhere returns the mean of v; leave it out of the loss.
+        [B, T, N, H] in q's dtype. A row that may look nowhere returns the mean of v; leave it out of the loss.
     """
     if q.dtype == jnp.float32 or q.shape[1] * q.shape[2] != k.shape[1]:
         return _attend(q, k, v, mask)
 
-    def padded(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    def padded(q: Array, k: Array | QVectors, v: Array | QVectors, mask: Array) -> Array:
         """XLA:CPU has no kernel for one query a head: it would first make keys and values float32."""
         one_more = tuple(jnp.pad(a, ((0, 0), (0, 1), *[(0, 0)] * (a.ndim - 2))) for a in (q, mask))
         return _attend(one_more[0], k, v, one_more[1])[:, :1]
@@ -78,12 +81,28 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return jax.lax.platform_dependent(q, k, v, mask, cpu=padded, default=_attend)
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def _attend(q: Array, k: Array | QVectors, v: Array | QVectors, mask: Array) -> Array:
     B, T, N, H = q.shape
     K = k.shape[1]
+    dtype = q.dtype
     q = q.reshape(B, T, K, N // K, H)
-    scores = dot("BTKGH,BKSH->BKGTS", q, k) * H**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
+    if has_unit := isinstance(v, QVectors) and dtype == jnp.float16:  # which holds no probability times a small scale
+        unit = jnp.maximum(jnp.max(v.scale, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)  # [B, K, 1]
+        v = v._replace(scale=v.scale / unit)
+    scores = _scaled(dot("BTKGH,BKSH->BKGTS", q, _values(k, dtype)) * H**-0.5, k)
+    weights = _scaled(jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1), v).astype(dtype)
     # The product is left in its natural order and moved after: XLA:CPU has no bfloat16 kernel that writes BTKGH.
-    out = dot("BKGTS,BKSH->BKGTH", weights, v)
-    return jnp.moveaxis(out.astype(v.dtype), 3, 1).reshape(B, T, N, H)
+    out = dot("BKGTS,BKSH->BKGTH", weights, _values(v, dtype))
+    if has_unit:
+        out *= unit[..., None, None]
+    return jnp.moveaxis(out.astype(dtype), 3, 1).reshape(B, T, N, H)
+
+
+def _values(x: Array | QVectors, dtype: DTypeLike) -> Array:
+    """What is multiplied, [B, K, S, H]."""
+    return x.value.astype(dtype) if isinstance(x, QVectors) else x
+
+
+def _scaled(y: Array, x: Array | QVectors) -> Array:
+    """y [B, K, G, T, S] times the scales of keys or values."""
+    return y * x.scale[:, :, None, None] if isinstance(x, QVectors) else y

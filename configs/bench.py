@@ -16,8 +16,9 @@ def get_config(preset: str = "stories110m") -> ml_collections.ConfigDict:
         raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     c = ml_collections.ConfigDict()
     c.model = dataclasses.asdict(PRESETS[preset])
-    c.dtype = "bfloat16"  # of weights, activations and cache: bfloat16, float32, float16
+    c.dtype = "bfloat16"  # of weights and activations: bfloat16, float32, float16
     c.quantize = ""  # int8, fp8: weights rounded to 8 bits; int4; w8a8: int8, fast on a CPU
+    c.cache_dtype = "auto"  # of keys and values: auto (as dtype), int8
     c.mesh = mesh()
     c.batch_sizes = (1, 8)  # one line of output each
     c.prompt_length = min(512, PRESETS[preset].max_length // 2)

@@ -10,8 +10,9 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.checkpoint = BUNDLED  # made by llama_jax.convert, a training run's WORKDIR, or Meta's or HF's folder
     c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
-    c.dtype = "auto"  # of weights, activations and cache: auto (as stored), bfloat16, float32, float16
+    c.dtype = "auto"  # of weights and activations: auto (as stored), bfloat16, float32, float16
     c.quantize = ""  # int8, fp8: weights rounded to 8 bits; int4; w8a8: int8, fast on a CPU
+    c.cache_dtype = "auto"  # of keys and values: auto (as dtype), int8
     c.draft = ""  # guesses several tokens a step, for the same text sooner: lookup (in the text so far), or a smaller model
     c.draft_tokens = 0  # guesses a step; 0: 7 looked up, 4 of a model
     c.mesh = mesh()

@@ -12,6 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
     c.dtype = "auto"  # of weights and activations: auto (as stored), bfloat16, float32, float16
     c.quantize = ""  # int8, fp8: weights rounded to 8 bits; int4; w8a8: int8, fast on a CPU
+    c.cache_dtype = "auto"  # of the keys and values that tokens read: auto (as dtype); int8, as decoding with such a cache
     c.mesh = mesh()
     c.max_length = 0  # tokens of a window; 0: the model's context
     c.stride = 0  # tokens between windows; 0: half a window, so that each token sees at least that much before it

@@ -27,6 +27,7 @@ from llama_jax import distributed
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation import programs
+from llama_jax.generation.load import check_cache_dtype
 from llama_jax.generation.reading import MIN_PROMPT_BUCKET, bucket
 from llama_jax.generation.request import Row, Settings, to_controls
 from llama_jax.mesh import MeshShape, resolve_mesh
@@ -56,6 +57,7 @@ class Subject:
     mesh: jax.sharding.Mesh
     dtype: str
     quantize: str
+    cache_dtype: str
     settings: Settings
     prompt_length: int
     context: int
@@ -93,6 +95,7 @@ def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = 
         raise LlamaError(ExitCode.BAD_REQUEST, f"dtype is {dtype!r}, expected bfloat16, float32 or float16")
     if quantize not in ("", *METHODS):
         raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or nothing")
+    check_cache_dtype(config["cache_dtype"])
     if min(prompt, steps, *config["batch_sizes"]) < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, "prompt_length, steps and batch_sizes are numbers from 1 up")
     steps = STEPS * -(-steps // STEPS)
@@ -117,7 +120,7 @@ def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = 
     kernels = dtype == "float32" or choose_attention("auto", device, cfg.head_dim, lambda line: print(line, file=sys.stderr))
     asked = Settings(max_new_tokens=needed - prompt, **{k: v for k, v in config["sampling"].items() if k != "logit_bias"})
     params = random_params(cfg, mesh, dtype, quantize)
-    return Subject(cfg, params, mesh, dtype, quantize, asked, prompt, context, steps, kernels)
+    return Subject(cfg, params, mesh, dtype, quantize, config["cache_dtype"], asked, prompt, context, steps, kernels)
 
 
 def random_params(cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str, quantize: str) -> Params:
@@ -149,7 +152,7 @@ def random_params(cfg: ModelConfig, mesh: jax.sharding.Mesh, dtype: str, quantiz
 
 def measure(subject: Subject, batch_sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The object that is printed, of each batch size."""
-    dtypes = [subject.dtype] + (["int8"] if subject.quantize else [])
+    dtypes = [subject.dtype] + (["int8"] if subject.quantize or subject.cache_dtype == "int8" else [])
     device = subject.mesh.local_devices[0]
     found = floors.measure_floors(matrices(subject.cfg), subject.prompt_length, dtypes, device)
     for batch in batch_sizes:
@@ -159,6 +162,7 @@ def measure(subject: Subject, batch_sizes: Sequence[int]) -> Iterator[dict[str, 
             "model_parameters": subject.cfg.num_params,
             "dtype": subject.dtype,
             "quantize": subject.quantize,
+            "cache_dtype": subject.cache_dtype,
             "mesh": dict(subject.mesh.shape),
             "batch": batch,
             "prompt_length": subject.prompt_length,
@@ -179,7 +183,8 @@ def time_batch(subject: Subject, batch: int) -> dict[str, float]:
     rows = [Row(row[:prompt].tolist(), subject.settings, ()) for row in tokens]
     inputs = (subject.params, tokens, np.full(batch, prompt, np.int32), to_controls(rows, batch, cfg.vocab_size))
     start = time.perf_counter()
-    prefill = programs.prefill.lower(cfg, *inputs, cache_length=subject.context, num_top=0, kernels=subject.kernels).compile()
+    options = dict(cache_length=subject.context, num_top=0, kernels=subject.kernels, cache_dtype=subject.cache_dtype)
+    prefill = programs.prefill.lower(cfg, *inputs, **options).compile()
     compile_seconds = time.perf_counter() - start
     state, _ = jax.block_until_ready(prefill(*inputs))
     prefill_seconds = []
@@ -237,7 +242,7 @@ def _shares(subject: Subject, batch: int, timed: dict[str, float], found: floors
 def step_bytes(subject: Subject, batch: int, filled: int) -> dict[str, int]:
     """Bytes that one device must read in a decode step: its weights but for the embedding's table, its rows' filled cache.
 
-    By the dtype of the product that could read them: "int8" for weights in 8 bits or fewer.
+    By the dtype of the product that could read them: "int8" for weights, keys and values in 8 bits or fewer.
     """
     device = subject.mesh.local_devices[0]
     read = {k: v for k, v in subject.params.items() if k != "embedding" or subject.cfg.tied_head}
@@ -249,8 +254,12 @@ def step_bytes(subject: Subject, batch: int, filled: int) -> dict[str, int]:
     cfg, mesh = subject.cfg, subject.mesh.shape
     heads = -(-cfg.num_kv_heads // mesh["tensor"])
     rows = -(-batch // (mesh["data"] * mesh["fsdp"]))
-    values = 2 * cfg.num_layers * rows * heads * filled * cfg.head_dim
-    nbytes[subject.dtype] += values * np.dtype(floors.OPERANDS[subject.dtype]).itemsize
+    vectors = 2 * cfg.num_layers * rows * heads * filled
+    if subject.cache_dtype == "int8":
+        nbytes["int8"] += vectors * cfg.head_dim
+        nbytes[subject.dtype] += vectors * 4  # scales
+    else:
+        nbytes[subject.dtype] += vectors * cfg.head_dim * np.dtype(floors.OPERANDS[subject.dtype]).itemsize
     return {dtype: size for dtype, size in nbytes.items() if size}
 
 

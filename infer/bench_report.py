@@ -7,7 +7,7 @@ from typing import Any
 from llama_jax.errors import ExitCode, LlamaError
 
 Line = Mapping[str, Any]
-SAME = ("model_parameters", "dtype", "quantize", "mesh", "batch", "prompt_length", "context", "device")
+SAME = ("model_parameters", "dtype", "quantize", "cache_dtype", "mesh", "batch", "prompt_length", "context", "device")
 COMPARED = (
     ("prefill tok/s", "prefill_tokens_per_second"),
     ("share", "prefill_share"),
@@ -24,13 +24,18 @@ def read_lines(path: str) -> list[Line]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file if line.strip()]
+            lines = [_complete(json.loads(line)) for line in file if line.strip()]
     except (OSError, ValueError) as error:
         raise LlamaError(ExitCode.BAD_REQUEST, f"{path}: {error}: --compare reads what infer.bench printed") from None
     wanted = {*SAME, *(key for _, key in COMPARED)}
     if bad := [line for line in lines if not isinstance(line, dict) or not wanted <= line.keys()]:
         raise LlamaError(ExitCode.BAD_REQUEST, f"{path}: {str(bad[0])[:80]!r} is no line of infer.bench's")
     return lines
+
+
+def _complete(line: Any) -> Any:
+    """Lines of before there was a choice of caches do not name theirs."""
+    return {"cache_dtype": "auto"} | line if isinstance(line, dict) else line
 
 
 def compare(before: Sequence[Line], after: Sequence[Line]) -> str:

@@ -22,6 +22,7 @@ def load(config: ml_collections.ConfigDict) -> Any:
         mesh=config.mesh.to_dict(),
         dtype=config.dtype,
         quantize=config.quantize,
+        cache_dtype=config.cache_dtype,
         max_length=config.max_length,
         tokenizer=config.tokenizer,
         **more,

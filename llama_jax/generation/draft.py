@@ -8,7 +8,7 @@ from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.reading import Reader
-from llama_jax.generation.speculation import DRAFT_TOKENS, LOOKUP_TOKENS, Speculation, slack_of
+from llama_jax.generation.speculation import DRAFT_TOKENS, LOOKUP_TOKENS, SLACK, Speculation
 from llama_jax.mesh import MeshShape, why_illegal
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -47,6 +47,7 @@ def draft_model(
     quantize: str,
     max_length: int,
     kernels: bool,
+    cache_dtype: str,
     draft_tokens: int,
 ) -> Speculation:
     """Guesses of a smaller model, loaded beside the target.
@@ -74,7 +75,8 @@ def draft_model(
             )
     params = load_params(opened, DTYPES[dtype], mesh=mesh, quantize=quantize)
     num_draft = draft_tokens or DRAFT_TOKENS
-    return Speculation(num_draft, Reader(cfg, params, max_length, mesh, kernels=kernels, slack=slack_of(num_draft)))
+    options = dict(kernels=kernels, slack=SLACK, cache_dtype=cache_dtype)
+    return Speculation(num_draft, Reader(cfg, params, max_length, mesh, **options))
 
 
 def _first_difference(a: Tokenizer, b: Tokenizer) -> str:

@@ -36,9 +36,10 @@ class Engine(Reader):
         *,
         kernels: bool = True,
         guesses: Speculation | None = None,
+        cache_dtype: str = "auto",
     ):
-        slack = speculation.slack_of(guesses.num_draft) if guesses else 0
-        super().__init__(cfg, params, max_length, mesh, kernels=kernels, slack=slack)
+        slack = speculation.SLACK if guesses else 0
+        super().__init__(cfg, params, max_length, mesh, kernels=kernels, slack=slack, cache_dtype=cache_dtype)
         self.guesses = guesses
 
     def run(
@@ -103,14 +104,16 @@ class Engine(Reader):
         T = len(tokens)
         padded, lengths = self.pad([tokens], self.batch(1))
         top = MAX_TOP_LOGPROBS if num_top else 0
-        output = self.on_mesh(programs.score, self.cfg, self.params, padded, lengths, num_top=top, kernels=self.kernels)
+        options = dict(kernels=self.kernels, cache_dtype=self.cache_dtype)
+        output = self.on_mesh(programs.score, self.cfg, self.params, padded, lengths, num_top=top, **options)
         output = Output(*(np.asarray(part)[0, : T - 1] for part in output))
         return output._replace(top_ids=output.top_ids[:, :num_top], top_logprobs=output.top_logprobs[:, :num_top])
 
     def logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """[B, longest row, V] float32 of rows of tokens; after a row's end they mean nothing."""
         padded, lengths = self.pad(rows, self.batch(len(rows)))
-        found = self.on_mesh(programs.all_logits, self.cfg, self.params, padded, lengths, kernels=self.kernels)
+        options = dict(kernels=self.kernels, cache_dtype=self.cache_dtype)
+        found = self.on_mesh(programs.all_logits, self.cfg, self.params, padded, lengths, **options)
         if jax.process_count() > 1:
             found = multihost_utils.process_allgather(found, tiled=True)
         return np.asarray(found)[: len(rows), : max(map(len, rows)), : self.cfg.vocab_size]

@@ -46,6 +46,7 @@ class Llama:
         mesh: what params lie on; None for one device.
         kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
         guesses: how several tokens a step are made (llama_jax.generation.speculation); None for one.
+        cache_dtype: of keys and values, one of llama_jax.model.CACHE_DTYPES; score and logits read rounded ones, as decoding.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Llama:
         mesh: Mesh | None = None,
         kernels: bool = True,
         guesses: Speculation | None = None,
+        cache_dtype: str = "auto",
     ):
         self.config = config
         self.params = params
@@ -68,7 +70,7 @@ class Llama:
         self.max_length = max_length or config.max_length
         self.batch_size = batch_size
         self.mesh = mesh
-        self.engine = Engine(config, params, self.max_length, mesh, kernels=kernels, guesses=guesses)
+        self.engine = Engine(config, params, self.max_length, mesh, kernels=kernels, guesses=guesses, cache_dtype=cache_dtype)
 
     def prefill(self, prompt: Prompt) -> Prefix:
         """Reads what several prompts begin with, once: `generate(prompts, prefix=llama.prefill(shared))`.

@@ -21,6 +21,7 @@ from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.draft import LOOKUP, check_draft, draft_model, lookup
 from llama_jax.generation.llama import Llama
 from llama_jax.mesh import MeshShape, resolve_mesh
+from llama_jax.model import CACHE_DTYPES
 from llama_jax.ops.kernels.probe import choose_attention
 from llama_jax.ops.qarray import METHODS
 from llama_jax.sharding import make_mesh
@@ -37,6 +38,7 @@ def load(
     mesh: MeshShape | Mapping[str, int] | None = None,
     dtype: str = "auto",
     quantize: str | None = None,
+    cache_dtype: str = "auto",
     max_length: int = 0,
     tokenizer: str | Path | None = None,
     batch_size: int = 16,
@@ -53,11 +55,14 @@ def load(
             Meta's or Hugging Face's, or a file of llama2.c (which convert would also check for values that are not finite).
         mesh: sizes of its axes, e.g. {"tensor": 8} or {"tensor": -1}, as far as the model allows; every device then reads
             and holds its own part. None: one device.
-        dtype: of weights, activations and cache: bfloat16, float16, float32, or "auto": as stored, except that float16 becomes
+        dtype: of weights and activations: bfloat16, float16, float32, or "auto": as stored, except that float16 becomes
             bfloat16, which every accelerator multiplies, and float64 becomes float32.
         quantize: how projections and head are rounded (a tied head stays as it is): "int8" or "fp8", 8 bits with a scale per
             output; "int4", 4 bits with a scale per 128 inputs; "w8a8", int8 whose activations are rounded, too, which a CPU
             multiplies fastest.
+        cache_dtype: of keys and values: "auto", the compute dtype, or "int8", with a scale per token and head: half of
+            bfloat16's memory. Prompts are read with keys and values as they were computed; decoding, score and logits read
+            rounded ones.
         max_length: tokens of prompt and answer together; the model's context when 0.
         tokenizer: its file or folder, when the checkpoint has none.
         batch_size: the most sequences generated at once; more wait their turn.
@@ -82,6 +87,7 @@ def load(
         )
     if quantize not in (None, "", *METHODS):
         raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or None for none")
+    check_cache_dtype(cache_dtype)
     if batch_size < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
     check_draft(draft, draft_tokens)
@@ -107,6 +113,7 @@ def load(
             quantize=quantize or "",
             max_length=max_length or opened.config.max_length,
             kernels=kernels,
+            cache_dtype=cache_dtype,
             draft_tokens=draft_tokens,
         )
     return Llama(
@@ -119,7 +126,16 @@ def load(
         batch_size=batch_size,
         kernels=kernels,
         guesses=guesses,
+        cache_dtype=cache_dtype,
     )
+
+
+def check_cache_dtype(cache_dtype: str) -> None:
+    """Raises LlamaError where there is no such cache."""
+    if cache_dtype not in CACHE_DTYPES:
+        raise LlamaError(
+            ExitCode.BAD_REQUEST, f"cache_dtype is {cache_dtype!r}, expected auto (the compute dtype, set by dtype) or int8"
+        )
 
 
 def open_weights(path: epath.PathLike, adapter: epath.PathLike = "") -> Checkpoint | Source:

@@ -13,21 +13,23 @@ from llama_jax.generation.state import (
     DecodeState,
     Output,
     by_rows,
+    is_axes,
     new_history,
     place,
     place_cache,
     replicate,
     row_keys,
 )
-from llama_jax.model import CACHE_AXES, KVCache, Params, grow_cache, hidden_states, logits
+from llama_jax.model import KVCache, Params, cache_axes, empty_cache, grow_cache, hidden_states, logits, round_cache
 from llama_jax.ops.sampling import penalise, sample, top_k
 from llama_jax.sharding import constrain
 
 CHUNK = 32  # the most tokens one decode call makes
 SCORE_SLICE = 64  # positions whose logits exist at once
+CACHED_SLICE = 128  # positions that read a rounded cache at once
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "cache_length", "num_top", "kernels"))
+@functools.partial(jax.jit, static_argnames=("cfg", "cache_length", "num_top", "kernels", "cache_dtype"))
 def prefill(
     cfg: ModelConfig,
     params: Params,
@@ -38,8 +40,10 @@ def prefill(
     cache_length: int,
     num_top: int,
     kernels: bool = True,
+    cache_dtype: str = "auto",
 ) -> tuple[DecodeState, Output]:
-    """Reads the prompts and chooses the first token of each answer.
+    """Reads the prompts and chooses the first token of each answer. It attends with keys and values as they were computed, and
+    stores them rounded where the cache is.
 
     Args:
         tokens: [B, T] int32, padded on the right with any token.
@@ -47,15 +51,16 @@ def prefill(
         cache_length: S of the state's cache, at least T.
         num_top: alternatives to report per token.
         kernels: whether attention may use the platform's kernel.
+        cache_dtype: one of llama_jax.model.CACHE_DTYPES.
 
     Returns:
         The state, and the first token of every row ([B, 1]).
     """
-    cache, last = _read(cfg, params, tokens, lengths, controls.rope_length, cache_length, kernels)
+    cache, last = _read(cfg, params, tokens, lengths, controls.rope_length, cache_length, kernels, cache_dtype)
     return _begin(cfg, params, cache, last, tokens, lengths, controls, num_top)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "cache_length", "kernels"))
+@functools.partial(jax.jit, static_argnames=("cfg", "cache_length", "kernels", "cache_dtype"))
 def read(
     cfg: ModelConfig,
     params: Params,
@@ -65,6 +70,7 @@ def read(
     *,
     cache_length: int,
     kernels: bool = True,
+    cache_dtype: str = "auto",
 ) -> tuple[KVCache, Array]:
     """Reads the first tokens of prompts, as `prefill` does, and chooses nothing: `extend` reads on, `begin` chooses.
 
@@ -75,7 +81,7 @@ def read(
     Returns:
         The cache, and [B, 1, D]: what the layers make of each prompt's last token, zeros where that is still to come.
     """
-    cache, last = _read(cfg, params, tokens, lengths, rope_length, cache_length, kernels)
+    cache, last = _read(cfg, params, tokens, lengths, rope_length, cache_length, kernels, cache_dtype)
     return place_cache(cache), last
 
 
@@ -90,7 +96,8 @@ def extend(
     lengths: Array,
     rope_length: Array,
 ) -> tuple[KVCache, Array]:
-    """Reads the next T tokens of prompts; the arguments' and results' meaning is `read`'s.
+    """Reads the next T tokens of prompts; the arguments' and results' meaning is `read`'s. Of a rounded cache they read rounded
+    keys and values.
 
     Args:
         cache: donated; the first `start` tokens of every row, and room for T more.
@@ -135,7 +142,7 @@ def spread(cache: KVCache, *, batch: int, cache_length: int) -> KVCache:
 @jax.jit
 def first_row(cache: KVCache) -> KVCache:
     """The cache of the first sequence [1, K', S, H], on a mesh a copy on every device of a row."""
-    return jax.tree.map(lambda x: constrain(x[:1], None, *CACHE_AXES[1:]), cache)
+    return jax.tree.map(lambda axes, x: constrain(x[:1], None, *axes[1:]), cache_axes(cache), cache, is_leaf=is_axes)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "num_top", "kernels"), donate_argnames="state")
@@ -191,15 +198,23 @@ def insert(state: DecodeState, slot: Array, row: DecodeState) -> DecodeState:
     return place(jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one[0], slot, 0), state, row))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "num_top", "kernels"))
-def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *, num_top: int, kernels: bool = True) -> Output:
+@functools.partial(jax.jit, static_argnames=("cfg", "num_top", "kernels", "cache_dtype"))
+def score(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    rope_length: Array,
+    *,
+    num_top: int,
+    kernels: bool = True,
+    cache_dtype: str = "auto",
+) -> Output:
     """How likely each token is after those before it: [B, T] -> Output of [B, T - 1] for tokens[:, 1:].
 
     The head is applied to a slice of positions at a time: [B, T, V] in float32 never exists.
     """
     B, T = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length, kernels=kernels)
+    x = _whole_states(cfg, params, tokens, rope_length, kernels, cache_dtype)
     slices = -(-T // SCORE_SLICE)
     pad = slices * SCORE_SLICE - T
     x = constrain(x, "batch", "length", "act_embed")
@@ -214,20 +229,49 @@ def score(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *
     return replicate(rows)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "kernels"))
-def all_logits(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *, kernels: bool = True) -> Array:
+@functools.partial(jax.jit, static_argnames=("cfg", "kernels", "cache_dtype"))
+def all_logits(
+    cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *, kernels: bool = True, cache_dtype: str = "auto"
+) -> Array:
     """[B, T] -> [B, T, V'] float32, divided over the mesh."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, _ = hidden_states(cfg, params, tokens, positions, rope_length=rope_length, kernels=kernels)
-    return logits(cfg, params, x)
+    return logits(cfg, params, _whole_states(cfg, params, tokens, rope_length, kernels, cache_dtype))
+
+
+def _whole_states(
+    cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, kernels: bool, cache_dtype: str
+) -> Array:
+    """[B, T, D] of sequences from their beginning; every token reads a rounded cache as it would when decoded."""
+    B, T = tokens.shape
+    if cache_dtype == "auto":
+        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+        return hidden_states(cfg, params, tokens, positions, rope_length=rope_length, kernels=kernels)[0]
+    size = min(T, CACHED_SLICE)
+    starts = jnp.arange(0, T, size)
+    parts = jnp.pad(tokens, ((0, 0), (0, len(starts) * size - T))).reshape(B, len(starts), size)
+
+    def read(cache: KVCache, part: tuple[Array, Array]) -> tuple[KVCache, Array]:
+        tokens, start = part
+        positions = jnp.broadcast_to(start + jnp.arange(size), (B, size))
+        return hidden_states(cfg, params, tokens, positions, cache, rope_length)[::-1]
+
+    cache = empty_cache(cfg, (B, len(starts) * size), params["embedding"].dtype, cache_dtype)
+    _, x = jax.lax.scan(read, cache, (parts.swapaxes(0, 1), starts))  # [slices, B, size, D]
+    return x.swapaxes(0, 1).reshape(B, len(starts) * size, -1)[:, :T]
 
 
 def _read(
-    cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, rope_length: Array, cache_length: int, kernels: bool
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    rope_length: Array,
+    cache_length: int,
+    kernels: bool,
+    cache_dtype: str,
 ) -> tuple[KVCache, Array]:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x, cache = hidden_states(cfg, params, tokens, positions, rope_length=rope_length, kernels=kernels)
-    return grow_cache(cache, cache_length), _at(x, positions, lengths - 1)
+    return grow_cache(round_cache(cache, cache_dtype), cache_length), _at(x, positions, lengths - 1)
 
 
 def _at(x: Array, positions: Array, wanted: Array) -> Array:

@@ -40,6 +40,7 @@ class Reader:
         max_length: tokens a sequence may have, prompt and answer together.
         mesh: what the parameters lie on; None for one device.
         kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
+        cache_dtype: of keys and values, one of llama_jax.model.CACHE_DTYPES.
         chunk: tokens of each prompt that are read at once.
         most_slots: of a cache that holds max_length tokens.
     """
@@ -53,6 +54,7 @@ class Reader:
         *,
         kernels: bool = True,
         slack: int = 0,
+        cache_dtype: str = "auto",
     ):
         self.cfg = cfg
         self.params = params
@@ -60,6 +62,7 @@ class Reader:
         self.mesh = mesh
         self.kernels = kernels
         self.chunk = PREFILL_CHUNK
+        self.cache_dtype = cache_dtype
         self.most_slots = max_length + slack
 
     def prefix(self, tokens: Sequence[int]) -> Prefix:
@@ -103,6 +106,7 @@ class Reader:
             cache_length=cache_length,
             num_top=num_top,
             kernels=self.kernels,
+            cache_dtype=self.cache_dtype,
         )
 
     def _start(self, prompts: Sequence[Sequence[int]], prefix: Prefix | None) -> int:
@@ -152,6 +156,7 @@ class Reader:
                 rope_length,
                 cache_length=cache_length,
                 kernels=self.kernels,
+                cache_dtype=self.cache_dtype,
             )
         for at in range(start, tokens.shape[1], self.chunk):
             piece = tokens[:, at : at + self.chunk]

@@ -22,6 +22,7 @@ from llama_jax.sharding import constrain
 
 NGRAM = 3  # tokens that are looked up at most
 LOOKUP_TOKENS, DRAFT_TOKENS = 7, 4  # guesses a step, when not given
+SLACK = 128  # slots of a cache beyond the last token of a context: guesses there are written, too; as kernels cut a cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +132,6 @@ def speculate(
 def steps_of(num_draft: int) -> int:
     """Steps of one call: about as many tokens, at most, as `programs.decode` makes."""
     return max(1, programs.CHUNK // (num_draft + 1))
-
-
-def slack_of(num_draft: int) -> int:
-    """Slots of a cache beyond the last token of a context: guesses there are written, too."""
-    return -(-num_draft // 16) * 16
 
 
 def look_up(tokens: Array, lengths: Array, num_draft: int) -> Array:

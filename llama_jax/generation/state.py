@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from llama_jax.model import CACHE_AXES, KVCache, LayerCache
+from llama_jax.model import KVCache, cache_axes
 from llama_jax.ops.sampling import History, Sampling
 from llama_jax.sharding import constrain
 
@@ -45,7 +45,7 @@ class DecodeState:
         lengths: [B] int32, tokens in the cache.
         prompt_lengths: [B] int32.
         done: [B] bool.
-        cache: per layer k, v [B, K', S, H].
+        cache: per layer k, v [B, K', S, H], of the compute dtype or QVectors of int8.
         controls: what each row asked for.
         history: [B, V] arrays when a row uses a penalty or a bias, else None.
     """
@@ -85,17 +85,17 @@ class Output(NamedTuple):
 def state_axes(state: DecodeState) -> DecodeState:
     """Logical axes of every array of a state: rows are divided over data and fsdp, key/value heads over tensor."""
     rows = jax.tree.map(lambda x: ("batch",) + (None,) * (x.ndim - 1), dataclasses.replace(state, cache=[]))
-    return dataclasses.replace(rows, cache=[LayerCache(CACHE_AXES, CACHE_AXES) for _ in state.cache])
+    return dataclasses.replace(rows, cache=cache_axes(state.cache))
 
 
 def place(state: DecodeState) -> DecodeState:
     """Keeps a state where it belongs on the mesh, so that the next step finds, and overwrites, it there."""
-    return jax.tree.map(lambda axes, x: constrain(x, *axes), state_axes(state), state, is_leaf=_is_axes)
+    return jax.tree.map(lambda axes, x: constrain(x, *axes), state_axes(state), state, is_leaf=is_axes)
 
 
 def place_cache(cache: KVCache) -> KVCache:
     """The same of a cache that is not in a state."""
-    return jax.tree.map(lambda x: constrain(x, *CACHE_AXES), cache)
+    return jax.tree.map(lambda axes, x: constrain(x, *axes), cache_axes(cache), cache, is_leaf=is_axes)
 
 
 def by_rows(output: Output) -> Output:
@@ -108,7 +108,8 @@ def replicate(output: Output) -> Output:
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), output)
 
 
-def _is_axes(leaf: object) -> bool:
+def is_axes(leaf: object) -> bool:
+    """Whether a leaf of a tree of logical axes."""
     return type(leaf) is tuple
 
 

@@ -1,11 +1,10 @@
 """Attention of new tokens to the cache, and to themselves once they are in it."""
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
-from llama_jax.model.cache import CACHE_AXES, LayerCache, repeat_heads, write
-from llama_jax.ops.attention import attend_cached
+from llama_jax.model.cache import LayerCache, repeat_heads, write
+from llama_jax.ops.attention import attend_cached, cache_array_axes, cache_arrays, multiplies_cache, of_arrays
 from llama_jax.ops.kernels import decode
 from llama_jax.ops.rope import rotate
 from llama_jax.sharding import per_device
@@ -20,7 +19,8 @@ def attend_and_write(
         q: [B, T, N, H]; k, v: [B, T, K, H]; not rotated.
         cos, sin: [B, T, H/2], of these positions.
         positions: [B, T], consecutive in each row.
-        kernels: by the kernels of the platform this is compiled for, where it has some for the shape: single tokens, bfloat16.
+        kernels: by the kernels of the platform this is compiled for, where it has some for the shape: single tokens,
+            not float32.
 
     Returns:
         [B, T, N, H], and the cache.
@@ -34,8 +34,7 @@ def attend_and_write(
         return attend_cached(q, cache.k, cache.v, positions, kernels=kernels), cache
 
     inputs = (q, k, v, cos, sin, cache, positions)
-    same_dtype = q.dtype == cache.k.dtype != jnp.float32
-    if not kernels or not same_dtype or q.shape[1] != 1 or not decode.supports(cache.k.shape[2], q.shape[3]):
+    if not kernels or q.shape[1] != 1 or not multiplies_cache(q, cache.k) or not decode.supports(cache.k.shape[2], q.shape[3]):
         return plain(*inputs)
     return jax.lax.platform_dependent(*inputs, cuda=_fused, default=plain)
 
@@ -45,8 +44,10 @@ def _fused(
 ) -> tuple[Array, LayerCache]:
     """The same of single tokens, by the GPU's kernels."""
     heads, kv_heads, angles = ("batch", "heads", "head_dim"), ("batch", "kv_heads", "head_dim"), ("batch", "head_dim")
-    inputs = (heads, kv_heads, kv_heads, angles, angles, CACHE_AXES, CACHE_AXES, ("batch",))
-    run = per_device(decode.rotate_append_attend, inputs, (heads, CACHE_AXES, CACHE_AXES))
+    k_slots, v_slots, *scales = cache_arrays(*cache)
+    slots = tuple(map(cache_array_axes, (k_slots, v_slots, *scales)))
+    inputs = (heads, kv_heads, kv_heads, angles, angles, *slots[:2], ("batch",), *slots[2:])
+    run = per_device(decode.rotate_append_attend, inputs, (heads, *slots))
     single = (x[:, 0] for x in (q, repeat_heads(k), repeat_heads(v), cos, sin))
-    y, *slots = run(*single, *cache, positions[:, 0])
-    return y[:, None], LayerCache(*slots)
+    y, *written = run(*single, k_slots, v_slots, positions[:, 0], *scales)
+    return y[:, None], LayerCache(*of_arrays(written))

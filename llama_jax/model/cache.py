@@ -2,6 +2,10 @@
 
 On a mesh a cache has K' heads: K, or one per device when there are more devices on tensor than key/value heads; each head is
 then repeated, and every device writes and reads the one its query heads need.
+
+In int8 each key and each value, the vector of one token and head, has a scale of its own. What a call reads from the cache is
+then rounded, what it has just written included; a call without a cache (prefill) attends with keys and values as they were
+computed, and `round_cache` rounds what it returns.
 """
 
 from typing import NamedTuple
@@ -9,18 +13,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
+from llama_jax.config import ModelConfig
 from llama_jax.mesh import cache_heads
+from llama_jax.ops.qarray import QVectors, quantize_vectors
 from llama_jax.sharding import constrain, mesh_axis_size, per_device
 
-CACHE_AXES = ("batch", "kv_heads", "cache_length", "head_dim")
+CACHE_AXES = ("batch", "kv_heads", "cache_length", "head_dim")  # scales have the first three
+NEW_AXES = ("batch", "length", "kv_heads", "head_dim")
+CACHE_DTYPES = ("auto", "int8")  # auto: the compute dtype
 
 
 class LayerCache(NamedTuple):
-    """k (rotated), v: [B, K', S, H]; the token at position p lies in slot p."""
+    """k (rotated), v: [B, K', S, H], or QVectors of it; the token at position p lies in slot p."""
 
-    k: Array
-    v: Array
+    k: Array | QVectors
+    v: Array | QVectors
 
 
 KVCache = list[LayerCache]  # one per layer
@@ -29,11 +38,12 @@ KVCache = list[LayerCache]  # one per layer
 def repeat_heads(x: Array) -> Array:
     """[B, T, K, H] -> [B, T, K', H], each head as often as there are devices that need it."""
     copies = cache_heads(x.shape[2], mesh_axis_size("tensor")) // x.shape[2]
-    return x if copies == 1 else constrain(jnp.repeat(x, copies, axis=2), "batch", "length", "kv_heads", "head_dim")
+    return x if copies == 1 else constrain(jnp.repeat(x, copies, axis=2), *NEW_AXES)
 
 
 def write(cache: LayerCache, k: Array, v: Array, start: Array) -> LayerCache:
-    """Puts k, v [B, T, K', H] into slots start .. start + T - 1 of each row, in place where the cache is donated.
+    """Puts k, v [B, T, K', H] into slots start .. start + T - 1 of each row, in place where the cache is donated; rounded where
+    the cache is.
 
     Args:
         start: [B]; the caller keeps start + T <= S (past the end the last slots would be overwritten).
@@ -43,20 +53,26 @@ def write(cache: LayerCache, k: Array, v: Array, start: Array) -> LayerCache:
         new = new.astype(slots.dtype).swapaxes(1, 2)
         return jax.lax.platform_dependent(slots, new, start, cpu=_write_rows, default=_write_batch)
 
-    new = ("batch", "length", "kv_heads", "head_dim")
-    put_local = per_device(put, (CACHE_AXES, new, ("batch",)), CACHE_AXES)  # the loop over rows is each device's own
-    return LayerCache(put_local(cache.k, k, start), put_local(cache.v, v, start))
+    def put_local(slots: Array, new: Array) -> Array:  # the loop over rows is each device's own
+        axes = CACHE_AXES[: slots.ndim]
+        return per_device(put, (axes, NEW_AXES[: slots.ndim], ("batch",)), axes)(slots, new, start)
+
+    new = (quantize_vectors(x) if isinstance(slots, QVectors) else x for slots, x in zip(cache, (k, v), strict=True))
+    return jax.tree.map(put_local, cache, LayerCache(*new))
 
 
 def _write_batch(slots: Array, new: Array, start: Array) -> Array:
-    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (0, at, 0)))(slots, new, start)
+    rest = (0,) * (slots.ndim - 3)
+    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (0, at, *rest)))(slots, new, start)
 
 
 def _write_rows(slots: Array, new: Array, start: Array) -> Array:
     """Row by row: the batched form is a scatter, for which XLA:CPU copies the cache (and turns bfloat16 into float32)."""
 
+    rest = (0,) * (slots.ndim - 3)
+
     def write_row(b: Array, slots: Array) -> Array:
-        return jax.lax.dynamic_update_slice(slots, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, start[b], 0))
+        return jax.lax.dynamic_update_slice(slots, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, start[b], *rest))
 
     # The end is no constant: XLA would unroll a loop over one row, and copy the cache again.
     return jax.lax.fori_loop(0, jnp.where(start[0] < 0, 0, slots.shape[0]), write_row, slots)
@@ -64,6 +80,31 @@ def _write_rows(slots: Array, new: Array, start: Array) -> Array:
 
 def grow_cache(cache: KVCache, length: int) -> KVCache:
     """The same cache with room for `length` tokens a row."""
-    room = length - cache[0].k.shape[2]
-    pad = ((0, 0), (0, 0), (0, room), (0, 0))
-    return [LayerCache(jnp.pad(layer.k, pad), jnp.pad(layer.v, pad)) for layer in cache]
+    pad = ((0, 0), (0, 0), (0, length - cache[0].k.shape[2]), (0, 0))
+    return jax.tree.map(lambda x: jnp.pad(x, pad[: x.ndim]), cache)
+
+
+def round_cache(cache: KVCache, cache_dtype: str) -> KVCache:
+    """A float cache in one of CACHE_DTYPES."""
+    if cache_dtype == "auto":
+        return cache
+    return [LayerCache(quantize_vectors(layer.k), quantize_vectors(layer.v)) for layer in cache]
+
+
+def empty_cache(cfg: ModelConfig, shape: tuple[int, int], dtype: DTypeLike, cache_dtype: str) -> KVCache:
+    """Zeros: room for B rows of S tokens each.
+
+    Args:
+        shape: B, S.
+        dtype: of the computation.
+        cache_dtype: one of CACHE_DTYPES.
+    """
+    heads = cache_heads(cfg.num_kv_heads, mesh_axis_size("tensor"))
+    slots = (shape[0], heads, shape[1], cfg.head_dim)
+    empty = [LayerCache(jnp.zeros(slots, dtype), jnp.zeros(slots, dtype)) for _ in range(cfg.num_layers)]
+    return round_cache(empty, cache_dtype)
+
+
+def cache_axes(cache: KVCache) -> KVCache:
+    """Logical axes of every array of a cache."""
+    return jax.tree.map(lambda x: CACHE_AXES[: x.ndim], cache)

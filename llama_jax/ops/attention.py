@@ -1,12 +1,16 @@
 """Scaled dot-product attention with grouped keys and values."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from llama_jax.ops.kernels import flash, ragged, splash
 from llama_jax.ops.linear import dot
+from llama_jax.ops.qarray import QVectors
 from llama_jax.sharding import per_device
 
 # Finite, so that a row that may look nowhere stays finite (a softmax of all -inf is NaN and spreads through the batch).
@@ -53,7 +57,7 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
     return jax.lax.platform_dependent(q, k, v, segment_ids, **usable, default=plain)
 
 
-def attend_cached(q: Array, k: Array, v: Array, positions: Array, *, kernels: bool = True) -> Array:
+def attend_cached(q: Array, k: Array | QVectors, v: Array | QVectors, positions: Array, *, kernels: bool = True) -> Array:
     """Attention to a cache that has the queries' own keys and values: a token sees the slots up to its position.
 
     Args:
@@ -64,12 +68,14 @@ def attend_cached(q: Array, k: Array, v: Array, positions: Array, *, kernels: bo
             and of float32, as attend, scores in memory for a block of queries at a time, one block after the other.
 
     Returns:
-        [B, T, N, H] in v's dtype.
+        [B, T, N, H] in q's dtype.
     """
     B, T, N, H = q.shape
     S = k.shape[2]
 
-    def plain(q: Array, k: Array, v: Array, positions: Array) -> Array:
+    def plain(q: Array, positions: Array, *cache: Array) -> Array:
+        k, v = of_arrays(cache)
+
         def block(queries: tuple[Array, Array]) -> Array:
             q, positions = queries
             return attend(q, k, v, jnp.arange(S) <= positions[:, :, None])
@@ -81,18 +87,38 @@ def attend_cached(q: Array, k: Array, v: Array, positions: Array, *, kernels: bo
         blocks = (jnp.moveaxis(x.reshape(B, count, QUERIES, *x.shape[2:]), 1, 0) for x in (q, positions))
         return jnp.moveaxis(jax.lax.map(block, tuple(blocks)), 0, 1).reshape(B, count * QUERIES, N, H)[:, :T]
 
-    def by_kernel(q: Array, k: Array, v: Array, positions: Array) -> Array:
-        return ragged.attend_ragged(q[:, 0], k, v, jnp.minimum(positions[:, 0] + 1, S))[:, None]
+    def by_kernel(q: Array, positions: Array, k: Array, v: Array, *scales: Array) -> Array:
+        return ragged.attend_ragged(q[:, 0], k, v, jnp.minimum(positions[:, 0] + 1, S), *scales)[:, None]
 
-    same_dtype = q.dtype == k.dtype != jnp.float32
-    if not kernels or not same_dtype or T != 1 or not ragged.supports(S, H):
-        return plain(q, k, v, positions)
-    heads, cache = ("batch", "length", "heads", "head_dim"), ("batch", "kv_heads", "cache_length", "head_dim")
-    run = per_device(by_kernel, (heads, cache, cache, ("batch", "length")), heads)
-    return jax.lax.platform_dependent(q, k, v, positions, tpu=run, default=plain)
+    inputs = (q, positions, *cache_arrays(k, v))
+    if not kernels or T != 1 or not multiplies_cache(q, k) or not ragged.supports(S, H):
+        return plain(*inputs)
+    heads = ("batch", "length", "heads", "head_dim")
+    run = per_device(by_kernel, (heads, ("batch", "length"), *map(cache_array_axes, inputs[2:])), heads)
+    return jax.lax.platform_dependent(*inputs, tpu=run, default=plain)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def multiplies_cache(q: Array, k: Array | QVectors) -> bool:
+    """Whether kernels multiply such queries with such a cache: of their dtype, which is not float32, or int8."""
+    return q.dtype != jnp.float32 and (isinstance(k, QVectors) or q.dtype == k.dtype)
+
+
+def cache_arrays(k: Array | QVectors, v: Array | QVectors) -> tuple[Array, ...]:
+    """k, v, or their int8 values and then their scales, as kernels take them."""
+    return (k.value, v.value, k.scale, v.scale) if isinstance(k, QVectors) else (k, v)
+
+
+def cache_array_axes(x: Array) -> tuple[str, ...]:
+    """Logical axes of one of them."""
+    return ("batch", "kv_heads", "cache_length", "head_dim")[: x.ndim]
+
+
+def of_arrays(arrays: Sequence[Array]) -> tuple[Array | QVectors, Array | QVectors]:
+    """k and v again."""
+    return tuple(arrays) if len(arrays) == 2 else (QVectors(arrays[0], arrays[2]), QVectors(arrays[1], arrays[3]))
+
+
+def attend(q: Array, k: Array | QVectors, v: Array | QVectors, mask: Array) -> Array:
     """Grouped-query attention; one query head per key/value head is plain multi-head.
 
     Query head n reads key/value head n // G (Ainslie et al. 2023, arXiv:2305.13245); keys and values are not repeated. Scores
@@ -100,16 +126,17 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
     Args:
         q: [B, T, N, H], rotated.
-        k, v: [B, K, S, H], k rotated; N is a multiple of K.
+        k, v: [B, K, S, H], k rotated; N is a multiple of K. Of QVectors the int8 values are cast to q's dtype in the products,
+            and the scales, [B, K, S], multiply the scores and the probabilities.
         mask: [B or 1, T, S] bool, True where a query may look.
 
     Returns:
-        [B, T, N, H] in v's dtype. A row that may look nowhere returns the mean of v; leave it out of the loss.
+        [B, T, N, H] in q's dtype. A row that may look nowhere returns the mean of v; leave it out of the loss.
     """
     if q.dtype == jnp.float32 or q.shape[1] * q.shape[2] != k.shape[1]:
         return _attend(q, k, v, mask)
 
-    def padded(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    def padded(q: Array, k: Array | QVectors, v: Array | QVectors, mask: Array) -> Array:
         """XLA:CPU has no kernel for one query a head: it would first make keys and values float32."""
         one_more = tuple(jnp.pad(a, ((0, 0), (0, 1), *[(0, 0)] * (a.ndim - 2))) for a in (q, mask))
         return _attend(one_more[0], k, v, one_more[1])[:, :1]
@@ -117,12 +144,28 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return jax.lax.platform_dependent(q, k, v, mask, cpu=padded, default=_attend)
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def _attend(q: Array, k: Array | QVectors, v: Array | QVectors, mask: Array) -> Array:
     B, T, N, H = q.shape
     K = k.shape[1]
+    dtype = q.dtype
     q = q.reshape(B, T, K, N // K, H)
-    scores = dot("BTKGH,BKSH->BKGTS", q, k) * H**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
+    if has_unit := isinstance(v, QVectors) and dtype == jnp.float16:  # which holds no probability times a small scale
+        unit = jnp.maximum(jnp.max(v.scale, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)  # [B, K, 1]
+        v = v._replace(scale=v.scale / unit)
+    scores = _scaled(dot("BTKGH,BKSH->BKGTS", q, _values(k, dtype)) * H**-0.5, k)
+    weights = _scaled(jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1), v).astype(dtype)
     # The product is left in its natural order and moved after: XLA:CPU has no bfloat16 kernel that writes BTKGH.
-    out = dot("BKGTS,BKSH->BKGTH", weights, v)
-    return jnp.moveaxis(out.astype(v.dtype), 3, 1).reshape(B, T, N, H)
+    out = dot("BKGTS,BKSH->BKGTH", weights, _values(v, dtype))
+    if has_unit:
+        out *= unit[..., None, None]
+    return jnp.moveaxis(out.astype(dtype), 3, 1).reshape(B, T, N, H)
+
+
+def _values(x: Array | QVectors, dtype: DTypeLike) -> Array:
+    """What is multiplied, [B, K, S, H]."""
+    return x.value.astype(dtype) if isinstance(x, QVectors) else x
+
+
+def _scaled(y: Array, x: Array | QVectors) -> Array:
+    """y [B, K, G, T, S] times the scales of keys or values."""
+    return y * x.scale[:, :, None, None] if isinstance(x, QVectors) else y

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: what they are, and how they are rounded.
+"""Weights, keys and values in fewer bits: what they are, and how they are rounded.
 
 int8: 255 levels, a scale per output channel. int4: 15 levels, a scale per output and 128 inputs, in bfloat16, which costs an
 eighth of a bit. fp8: float8_e4m3fn, a scale per output channel. All symmetric about 0, the largest magnitude at the last level.
@@ -61,6 +61,29 @@ def dequantize(weight: QArray, dtype: DTypeLike) -> Array:
     outputs, shape = weight.scale.shape[:-1], weight.value.shape
     steps = weight.value.astype(jnp.float32).reshape(*outputs, weight.scale.shape[-1], -1)
     return (steps * weight.scale[..., None].astype(jnp.float32)).reshape(shape).astype(dtype)
+
+
+class QVectors(NamedTuple):
+    """Vectors that are multiplied whole, as keys and values are: value * scale[..., None].
+
+    Attributes:
+        value: [..., H] int8.
+        scale: [...] float32, one per vector.
+    """
+
+    value: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., H]."""
+        return self.value.shape
+
+
+def quantize_vectors(x: Array) -> QVectors:
+    """Rounds vectors [..., H] as `quantize` rounds outputs of a weight to int8."""
+    rounded = quantize(x, 1)
+    return QVectors(rounded.value, rounded.scale[..., 0])
 
 
 def _split(shape: tuple[int, ...], num_inputs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -15,7 +15,7 @@ from llama_jax.errors import ExitCode, LlamaError, run_command
 from llama_jax.plan.chips import GIB
 from llama_jax.plan.rank import cheapest_changes, largest_batch, plans
 from llama_jax.plan.report import Report, as_json, as_text
-from llama_jax.plan.request import DTYPES, OPTIMIZERS, REMAT, TASKS, PlanRequest, make_request
+from llama_jax.plan.request import CACHE_DTYPES, DTYPES, OPTIMIZERS, REMAT, TASKS, PlanRequest, make_request
 
 MESH_FLAGS = ("data", "fsdp", "tensor", "dcn_data")
 
@@ -51,6 +51,7 @@ def _parse() -> tuple[PlanRequest, argparse.Namespace]:
     parser.add_argument("--length", type=int, help="tokens a sequence (default: train 4096, decode and prefill 2048)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the computation (default: bfloat16)")
     parser.add_argument("--quantize", choices=("int8",), help="the weights of inference")
+    parser.add_argument("--cache_dtype", choices=CACHE_DTYPES, help="keys and values of inference (default: auto, as --dtype)")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="of training (default: adamw)")
     parser.add_argument("--first_moment", choices=DTYPES, help="its dtype, in adamw and lion (default: float32)")
     parser.add_argument("--remat", choices=REMAT, help="what training computes again (default: full)")
@@ -59,7 +60,7 @@ def _parse() -> tuple[PlanRequest, argparse.Namespace]:
     parser.add_argument("--compile", action="store_true", help="compile the program for the best mesh, too")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args()
-    fields = ("batch", "length", "dtype", "quantize", "optimizer", "first_moment", "remat")
+    fields = ("batch", "length", "dtype", "quantize", "cache_dtype", "optimizer", "first_moment", "remat")
     mesh = {name: getattr(args, name) for name in MESH_FLAGS if getattr(args, name) is not None}
     request = make_request(args.model, args.topology, args.task, **{name: getattr(args, name) for name in fields}, mesh=mesh)
     return request, args

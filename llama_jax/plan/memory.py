@@ -150,10 +150,11 @@ def optimizer_bytes(request: PlanRequest, mesh: MeshShape) -> int:
 
 
 def cache_bytes(request: PlanRequest, mesh: MeshShape) -> int:
-    """L x 2 x b x K'/t x S x H x c."""
+    """L x 2 x b x K'/t x S x H x c; in int8 H + 4 bytes instead of H x c."""
     cfg = request.config
     heads = cache_heads(cfg.num_kv_heads, mesh.tensor) // mesh.tensor
-    return cfg.num_layers * 2 * request.rows(mesh) * heads * request.length * cfg.head_dim * request.itemsize
+    per_vector = cfg.head_dim + FLOAT32 if request.cache_dtype == "int8" else cfg.head_dim * request.itemsize
+    return cfg.num_layers * 2 * request.rows(mesh) * heads * request.length * per_vector
 
 
 def saved_bytes(request: PlanRequest, mesh: MeshShape) -> float:

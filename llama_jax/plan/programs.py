@@ -11,8 +11,8 @@ from llama_jax.data.batch import BATCH_AXES, batch_shapes
 from llama_jax.generation import programs
 from llama_jax.generation.request import to_controls
 from llama_jax.generation.state import DecodeState, state_axes
-from llama_jax.mesh import MeshShape, cache_heads
-from llama_jax.model import LayerCache, param_axes, param_shapes, quantize_axes, quantize_params
+from llama_jax.mesh import MeshShape
+from llama_jax.model import empty_cache, param_axes, param_shapes, quantize_axes, quantize_params
 from llama_jax.plan.request import PlanRequest
 from llama_jax.sharding import sharding, tree_shardings
 from llama_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -52,7 +52,7 @@ def _prefill(request: PlanRequest, shape: MeshShape, mesh: Mesh) -> tuple[Any, t
     rows = state.lengths.shape[0]
     tokens = _described(jax.ShapeDtypeStruct((rows, request.length), jnp.int32), NamedSharding(mesh, PartitionSpec()))
     args = (request.config, _params(request, shape, mesh), tokens, state.lengths, state.controls)
-    return programs.prefill, args, {"cache_length": request.length, "num_top": 0}
+    return programs.prefill, args, {"cache_length": request.length, "num_top": 0, "cache_dtype": request.cache_dtype}
 
 
 def _params(request: PlanRequest, shape: MeshShape, mesh: Mesh) -> Any:
@@ -65,15 +65,14 @@ def _params(request: PlanRequest, shape: MeshShape, mesh: Mesh) -> Any:
 def _decode_state(request: PlanRequest, shape: MeshShape, mesh: Mesh) -> DecodeState:
     cfg, rows = request.config, request.rows(shape) * shape.batch_shards
     numbers, flags = np.zeros(rows, np.int32), np.zeros(rows, bool)
-    slots = jax.ShapeDtypeStruct(
-        (rows, cache_heads(cfg.num_kv_heads, shape.tensor), request.length, cfg.head_dim), request.dtype
-    )
+    with jax.set_mesh(mesh):
+        cache = jax.eval_shape(lambda: empty_cache(cfg, (rows, request.length), request.dtype, request.cache_dtype))
     state = DecodeState(
         last_token=numbers,
         lengths=numbers,
         prompt_lengths=numbers,
         done=flags,
-        cache=[LayerCache(slots, slots) for _ in range(cfg.num_layers)],
+        cache=cache,
         controls=to_controls((), rows, cfg.vocab_size),
         history=None,
     )

@@ -15,7 +15,7 @@ MAX_ROWS = 2**20  # sequences per device tried
 MIN_LENGTH = 128
 MAX_SLICES_TRIED = 12  # larger topologies tried
 CHANGES_SHOWN = 3
-FLAGS = ("remat", "dtype", "quantize", "first_moment", "optimizer", "batch", "length")  # that a change may set
+FLAGS = ("remat", "dtype", "quantize", "cache_dtype", "first_moment", "optimizer", "batch", "length")  # that a change may set
 
 # What a change costs, cheapest first: a step's time; digits; sequences per step; context; the recipe; more devices.
 TIME, PRECISION, BATCH, LENGTH, RECIPE, HARDWARE = range(1, 7)
@@ -139,8 +139,11 @@ def _kinds(request: PlanRequest) -> list[_Kind]:
             kinds.append(_Kind(PRECISION, [degree(first_moment="bfloat16")]))
         if request.optimizer == "adamw":
             kinds.append(_Kind(RECIPE, [degree(optimizer="lion")]))
-    elif not request.quantize:
-        kinds.append(_Kind(PRECISION, [degree(quantize="int8")]))
+    else:
+        if not request.quantize:
+            kinds.append(_Kind(PRECISION, [degree(quantize="int8")]))
+        if request.cache_dtype != "int8":
+            kinds.append(_Kind(PRECISION, [degree(cache_dtype="int8")]))
     if request.dtype == "float32":
         kinds.append(_Kind(PRECISION, [degree(dtype="bfloat16")]))
     kinds.append(_Kind(BATCH, [degree(batch=n) for n in _halves(request.batch, 1)]))

@@ -56,6 +56,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "length": request.length,
         "dtype": request.dtype,
         "quantize": request.quantize or None,
+        "cache_dtype": None if request.trains else request.cache_dtype,
         "optimizer": request.optimizer if request.trains else None,
         "first_moment": request.first_moment if request.trains else None,
         "remat": request.remat if request.trains else None,
@@ -85,8 +86,9 @@ def _header(request: PlanRequest) -> list[str]:
     if request.trains:
         moment = f" (first moment {request.first_moment})" if request.first_moment == "bfloat16" else ""
         settings += [f"float32 parameters, {request.optimizer}{moment}", f"remat {request.remat}"]
-    elif request.quantize:
-        settings.append(f"{request.quantize} weights")
+    else:
+        settings += [f"{request.quantize} weights"] if request.quantize else []
+        settings += [f"{request.cache_dtype} cache"] if request.cache_dtype != "auto" else []
     each = {"train": "x {} tokens", "decode": "with a cache of {} tokens each", "prefill": "x {} tokens"}[request.task]
     lines = [
         f"{request.model} ({cfg.num_params / 1e9:.2f} B parameters), {request.task} on {where.name}: "

@@ -11,6 +11,7 @@ from llama_jax.plan.topology import Topology, parse_topology
 
 TASKS = ("train", "decode", "prefill")
 DTYPES = {"bfloat16": 2, "float32": 4}  # bytes
+CACHE_DTYPES = ("auto", "int8")  # llama_jax.model.CACHE_DTYPES
 OPTIMIZERS = ("adamw", "lion", "sgd")  # of llama_jax.training.optimizer.OPTIMIZERS, those that update in place
 REMAT = ("none", "projections", "full")  # of llama_jax.model.stack.REMAT_POLICIES, those that stay on the device
 
@@ -28,8 +29,9 @@ class PlanRequest:
         model: as the user named it.
         task: train: a step of `batch` sequences of `length` tokens. decode: one token for each of `batch` sequences, whose
             cache holds `length`. prefill: `batch` prompts of `length`.
-        dtype: train: of the computation, parameters are float32. Otherwise of weights, cache and computation.
+        dtype: train: of the computation, parameters are float32. Otherwise of weights and computation.
         quantize: "" or "int8": the projections' and the head's weights.
+        cache_dtype: of inference: "auto" (dtype) or "int8", with a float32 scale per token and head.
         optimizer, first_moment, remat: of training; first_moment is the dtype of adamw's and lion's.
         mesh: the only one considered; None: all that are legal.
     """
@@ -42,6 +44,7 @@ class PlanRequest:
     length: int
     dtype: str = "bfloat16"
     quantize: str = ""
+    cache_dtype: str = "auto"
     optimizer: str = "adamw"
     first_moment: str = "float32"
     remat: str = "full"
@@ -70,6 +73,7 @@ def make_request(
     length: int | None = None,
     dtype: str = "bfloat16",
     quantize: str | None = None,
+    cache_dtype: str | None = None,
     optimizer: str | None = None,
     first_moment: str | None = None,
     remat: str | None = None,
@@ -101,6 +105,10 @@ def make_request(
         _one_of("--quantize", quantize, ("int8",))
         if trains:
             _refuse("--quantize int8 is of inference, and the task is train: parameters are trained in float32")
+    if cache_dtype is not None:
+        _one_of("--cache_dtype", cache_dtype, CACHE_DTYPES)
+        if trains:
+            _refuse(f"--cache_dtype {cache_dtype} is of inference, and the task is train, which has no cache: leave it out")
     if first_moment == "bfloat16" and optimizer == "sgd":
         _refuse("--first_moment is of adamw and lion, and sgd has none: leave it out")
     for flag, value in (("--batch", batch), ("--length", length)):
@@ -121,6 +129,7 @@ def make_request(
         length=length,
         dtype=dtype,
         quantize=quantize or "",
+        cache_dtype=cache_dtype or "auto",
         optimizer=optimizer or "adamw",
         first_moment=first_moment or "float32",
         remat=remat or "full",

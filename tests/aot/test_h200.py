@@ -42,6 +42,17 @@ def test_decode_of_7b_copies_no_cache_and_no_weight_in_few_kernels(batch, attent
     assert kernels_of_a_layer(program, cfg.num_layers) <= kernels
 
 
+def test_decode_of_7b_casts_no_cache_in_int8_in_memory():
+    cfg, batch, length = PRESETS["llama2_7b"], 8, 2048
+    _, report, program = compiled("llama2_7b", "h200", "decode", MeshShape(), batch=batch, length=length, cache_dtype="int8")
+    vectors = 2 * cfg.num_layers * batch * cfg.num_kv_heads * length
+    cache = vectors * (cfg.head_dim + 4)
+    assert cache <= report.alias_bytes < 1.001 * cache
+    assert not copies(program, (batch, cfg.num_kv_heads, length, cfg.head_dim))
+    assert not copies(program, (batch, cfg.num_kv_heads, length))
+    assert report.temporary_bytes < 32 * 2**20  # a layer's keys in bfloat16 are 128 MiB
+
+
 def test_training_of_7b_on_a_node_gathers_weights_twice_and_scatters_float32_gradients():
     cfg = PRESETS["llama2_7b"]
     *_, program = compiled("llama2_7b", "h200-8", "train", MeshShape(fsdp=8), batch=8, length=4096, seconds=240)

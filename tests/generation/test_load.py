@@ -235,6 +235,24 @@ def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path):
     assert error.value.code == ExitCode.BAD_REQUEST
 
 
+def test_keys_and_values_are_rounded_where_that_is_asked_for(tmp_path):
+    save(tmp_path / "model")
+    rounded, exact = llama_jax.load(tmp_path / "model", cache_dtype="int8"), llama_jax.load(tmp_path / "model")
+    assert (rounded.engine.cache_dtype, exact.engine.cache_dtype) == ("int8", "auto")
+    jax.tree.map(np.testing.assert_array_equal, rounded.params, exact.params)
+    answers = [llama.generate([[5, 6, 7]], max_new_tokens=9, temperature=0, logprobs=0)[0] for llama in (rounded, exact)]
+    assert answers[0].logprobs[0] == answers[1].logprobs[0]  # the prompt is read before it is rounded
+    assert answers[0].logprobs[1:] != answers[1].logprobs[1:]
+
+
+@pytest.mark.parametrize("cache_dtype", ["int4", "", "bfloat16", None])
+def test_an_unknown_cache_is_refused_with_the_known_ones(tmp_path, cache_dtype):
+    save(tmp_path / "model")
+    with pytest.raises(LlamaError, match=f"cache_dtype is {cache_dtype!r}, expected auto .* or int8") as error:
+        llama_jax.load(tmp_path / "model", cache_dtype=cache_dtype)
+    assert error.value.code == ExitCode.BAD_REQUEST
+
+
 def test_layers_are_rounded_by_one_program_per_weight(tmp_path, caplog):
     save(tmp_path / "model")
     jax.clear_caches()  # a test before this one may have compiled them

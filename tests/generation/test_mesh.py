@@ -2,16 +2,18 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 import llama_jax
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.generation import programs
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.request import Settings
 from llama_jax.mesh import MeshShape
 from llama_jax.ops.qarray import QArray
-from tests.generation.make import CFG, counting_compilations, full_logprobs, ids, tokenizer_of
+from tests.generation.make import CFG, counting_compilations, full_logprobs, ids, log_softmax, tokenizer_of
 from tests.generation.test_load import save
 from tests.make_mesh import MESHES, mesh_of, place, without_rematerialisation
 from tests.model.make import params_of
@@ -143,6 +145,58 @@ def test_a_mesh_s_programs_are_compiled_once(spread, greedy):
         spread.generate(PROMPTS[:4], GREEDY, max_new_tokens=33)
         assert "".join(spread.stream(PROMPTS[1], GREEDY)) == greedy[1].text
     assert compiled == []
+
+
+# int8 keys and values
+
+
+@pytest.fixture(scope="module")
+def rounded() -> Llama:
+    return Llama(SHARED_HEADS, params_of(SHARED_HEADS), tokenizer_of(), batch_size=8, cache_dtype="int8")
+
+
+@pytest.fixture(scope="module")
+def mixed_rounded(rounded):
+    return rounded.generate(PROMPTS, MIXED)
+
+
+@pytest.mark.parametrize("name", ["1x1x8", "2x2x2"])
+def test_a_cache_in_int8_gives_the_same_text_on_every_mesh(name, mixed_rounded, mixed):
+    mesh = mesh_of(name)
+    params = place(SHARED_HEADS, params_of(SHARED_HEADS), mesh, fill=100)
+    spread = Llama(SHARED_HEADS, params, tokenizer_of(), batch_size=8, mesh=mesh, cache_dtype="int8")
+    with without_rematerialisation():
+        ours = spread.generate(PROMPTS, MIXED)
+    assert [(a.text, a.tokens, a.finish_reason) for a in ours] == [(b.text, b.tokens, b.finish_reason) for b in mixed_rounded]
+    assert [a.logprobs for a in mixed_rounded] != [b.logprobs for b in mixed]
+
+
+def test_rows_of_any_length_in_a_growing_cache_in_int8_are_what_they_are_alone(rounded):
+    """A hundred tokens through several buckets, in a batch; scores read keys and values as those steps did, but a prompt's."""
+    together = rounded.generate(PROMPTS, GREEDY, max_new_tokens=100)
+    for prompt, ours in zip(PROMPTS[:3], together, strict=False):
+        (alone,) = rounded.generate([prompt], GREEDY, max_new_tokens=100)
+        assert ours.tokens == alone.tokens and len(ours.tokens) == 100
+        np.testing.assert_allclose(ours.logprobs, alone.logprobs, rtol=0, atol=1e-3)  # a tie may be rounded either way
+    for prompt, ours in zip(PROMPTS, together, strict=True):
+        scored = rounded.score([*prompt, *ours.tokens]).logprobs[len(prompt) - 1 :]
+        exact = full_logprobs([*prompt, *ours.tokens], SHARED_HEADS)[np.arange(len(prompt) - 1, len(prompt) + 99), ours.tokens]
+        np.testing.assert_allclose(ours.logprobs, scored, rtol=0, atol=0.1)
+        assert 1e-5 < np.abs(scored - exact).mean() < 0.02
+
+
+def test_scores_and_logits_of_a_cache_in_int8_are_those_of_steps(rounded, monkeypatch):
+    """However many tokens are read at once."""
+    tokens = [*PROMPTS[2], *PROMPTS[3]]
+    scored, logits = rounded.score(tokens).logprobs, rounded.logits([tokens])
+    monkeypatch.setattr(programs, "CACHED_SLICE", 5)
+    jax.clear_caches()
+    np.testing.assert_allclose(rounded.score(tokens).logprobs, scored, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(rounded.logits([tokens]), logits, rtol=0, atol=1e-2)
+    monkeypatch.undo()
+    jax.clear_caches()
+    exact = full_logprobs(tokens, SHARED_HEADS)
+    assert 1e-4 < np.abs(log_softmax(logits[0]) - exact).max() < 0.2
 
 
 # load

@@ -18,28 +18,31 @@ LONG = 65_536
 WIDE = dataclasses.replace(CFG, head_dim=64)  # keys far larger than the float32 scores of one query
 
 
-def state_shapes(rows: int, dtype: jnp.dtype) -> tuple:
+def state_shapes(rows: int, dtype: jnp.dtype, cache_dtype: str = "auto") -> tuple:
     """Shapes of parameters and of a state with a long cache; allocates nothing."""
     params = param_shapes(WIDE, dtype)
     controls = to_shapes(to_controls([Row([5], Settings(max_new_tokens=LONG - 1), ())] * rows, rows, WIDE.vocab_size))
     tokens, lengths = jax.ShapeDtypeStruct((rows, 16), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     state, _ = jax.eval_shape(
-        lambda *arrays: programs.prefill(WIDE, *arrays, cache_length=LONG, num_top=0), params, tokens, lengths, controls
+        lambda *arrays: programs.prefill(WIDE, *arrays, cache_length=LONG, num_top=0, cache_dtype=cache_dtype),
+        *(params, tokens, lengths, controls),
     )
     return params, state
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype, cache_dtype", [(jnp.float32, "auto"), (jnp.bfloat16, "auto"), (jnp.bfloat16, "int8")])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_decode_updates_the_cache_in_place(rows, dtype):
-    params, state = state_shapes(rows, dtype)
+def test_decode_updates_the_cache_in_place(rows, dtype, cache_dtype):
+    params, state = state_shapes(rows, dtype, cache_dtype)
     halt, n = jax.ShapeDtypeStruct((rows,), bool), jax.ShapeDtypeStruct((), jnp.int32)
     memory = programs.decode.lower(WIDE, params, state, halt, n, num_top=0).compile().memory_analysis()
-    layer = state.cache[0].k
-    assert layer.shape == (rows, WIDE.num_kv_heads, LONG, WIDE.head_dim) and layer.dtype == dtype
+    layer = jax.tree.leaves(state.cache)[0]
+    assert layer.shape == (rows, WIDE.num_kv_heads, LONG, WIDE.head_dim)
+    assert layer.dtype == (jnp.int8 if cache_dtype == "int8" else dtype)
     cache = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert memory.alias_size_in_bytes >= cache
-    assert memory.temp_size_in_bytes < math.prod(layer.shape) * layer.dtype.itemsize
+    casts = 2 * layer.size * jnp.dtype(dtype).itemsize if cache_dtype == "int8" else 0  # a layer's keys and values
+    assert memory.temp_size_in_bytes < casts + layer.size * layer.dtype.itemsize
 
 
 def begin(llama, new: list[int], **settings) -> tuple:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llama_jax.generation.reading import Reader
 from llama_jax.generation.request import Settings
-from llama_jax.generation.speculation import NGRAM, Speculation, look_up
+from llama_jax.generation.speculation import NGRAM, SLACK, Speculation, look_up
 from tests.generation.make import CFG, ONE_LAYER, ids, llama_of
 from tests.model.make import params_of
 
@@ -30,7 +30,7 @@ def speculative(num_draft: int = 3, draft: str = "lookup", cfg=CFG, **options):
     if draft != "lookup":
         params = params_like(cfg, 0.05) if draft == "similar" else params_of(ONE_LAYER)
         draft_cfg = cfg if draft == "similar" else ONE_LAYER
-        guess = Reader(draft_cfg, params, cfg.max_length, slack=16)
+        guess = Reader(draft_cfg, params, cfg.max_length, slack=SLACK)
     return llama_of(cfg, guesses=Speculation(num_draft, guess), **options)
 
 
@@ -98,7 +98,7 @@ def test_a_prefix_and_guesses_together(llama, guessing):
 
 
 def test_the_target_as_its_own_draft_is_never_wrong(llama):
-    perfect = llama_of(guesses=Speculation(3, Reader(CFG, params_of(CFG), CFG.max_length, slack=16)))
+    perfect = llama_of(guesses=Speculation(3, Reader(CFG, params_of(CFG), CFG.max_length, slack=SLACK)))
     for changes in (dict(temperature=0), dict(temperature=1.0, seed=5)):
         steps, tokens = steps_and_tokens(perfect, ids(7), max_new_tokens=41, **changes)
         assert (steps, len(tokens)) == (10, 41)  # the first token is prefill's
@@ -117,7 +117,7 @@ def test_the_distribution_is_the_target_s_whatever_the_draft_says():
     """Chi-squared over the third token of 4,000 answers: drawn after guesses of a model that is often wrong, against plain."""
     cfg = dataclasses.replace(ONE_LAYER, vocab_size=16, max_length=16)
     asked = Settings(temperature=1.3, top_p=1.0, max_new_tokens=3, ignore_eos=True)
-    wrong = Reader(cfg, params_like(cfg, 0.6), cfg.max_length, slack=16)
+    wrong = Reader(cfg, params_like(cfg, 0.6), cfg.max_length, slack=SLACK)
     options = dict(tokenizer=None, batch_size=500)
     counts = []
     for llama, seed in ((llama_of(cfg, guesses=Speculation(2, wrong), **options), 1), (llama_of(cfg, **options), 2)):

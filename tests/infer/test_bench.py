@@ -71,6 +71,17 @@ def test_int8_weights_are_counted_as_they_lie():
     assert bench.step_bytes(subject, 1, 0) == {"float32": scales + norms, "int8": weights + head - scales}
 
 
+def test_an_int8_cache_is_a_byte_a_value_and_a_scale_a_vector(floors_known):
+    exact, rounded = subject_of(), subject_of(cache_dtype="int8")
+    vectors = 2 * TINY.num_layers * 3 * TINY.num_kv_heads * 41
+    without = bench.step_bytes(exact, 3, 0)["float32"]
+    assert bench.step_bytes(exact, 3, 41) == {"float32": without + 4 * vectors * TINY.head_dim}
+    assert bench.step_bytes(rounded, 3, 41) == {"float32": without + 4 * vectors, "int8": vectors * TINY.head_dim}
+    (line,) = bench.measure(rounded, (3,))
+    assert line["cache_dtype"] == "int8" and line["step_bytes"] == sum(bench.step_bytes(rounded, 3, 41).values())
+    assert line["floor_seconds"] == pytest.approx((without + 4 * vectors) / 1e8 + vectors * TINY.head_dim / 2e8)
+
+
 def test_weights_are_divided_over_the_mesh():
     model = dataclasses.asdict(dataclasses.replace(TINY, num_heads=8, num_kv_heads=8))
     whole = subject_of(8, model=model, batch_sizes=(8,), mesh=dict(data=8, fsdp=1, tensor=1, dcn_data=1))
@@ -107,6 +118,7 @@ def test_floors_are_rates_of_the_products_asked_for(monkeypatch):
     [
         ({"dtype": "int8"}, "dtype is 'int8', expected bfloat16, float32 or float16"),
         ({"quantize": "int3"}, "quantize is 'int3', expected int8"),
+        ({"cache_dtype": "int4"}, "cache_dtype is 'int4', expected auto .* or int8"),
         ({"batch_sizes": (1, 0)}, "from 1 up"),
         ({"context": 32}, "need 45: raise it"),
         ({"prompt_length": 250}, "the model's is 256: lower it"),
@@ -131,6 +143,7 @@ def test_a_preset_that_is_not_there_is_named():
 def test_two_runs_are_compared_line_by_line(lines, tmp_path):
     file = tmp_path / "before.json"
     slower = dict(lines[0], tokens_per_second=lines[0]["tokens_per_second"] / 2)
+    assert slower.pop("cache_dtype") == "auto"  # which older files do not say
     file.write_text(json.dumps(slower) + "\n")
     head, first, second = bench_report.compare(bench_report.read_lines(str(file)), lines).splitlines()
     assert "decode tok/s" in head and "(2.00x)" in first and "(1.00x)" in first

@@ -81,9 +81,11 @@ def test_the_configs_hold_every_setting_and_its_default():
     assert program.settings(sample.get_config()) == Settings(echo=True)
     assert set(chat.get_config().sampling) == known - {"n", "echo"}
     assert program.settings(chat.get_config()) == Settings(max_new_tokens=512)
-    assert set(score.get_config()) == {"checkpoint", "tokenizer", "dtype", "quantize", "mesh", "max_length", "stride"}
+    weights = {"checkpoint", "tokenizer", "dtype", "quantize", "cache_dtype", "mesh"}
+    assert set(score.get_config()) == weights | {"max_length", "stride"}
     for module in (sample, chat, score):
-        assert MeshShape(**module.get_config().mesh) == MeshShape(tensor=-1) and module.get_config().quantize == ""
+        config = module.get_config()
+        assert MeshShape(**config.mesh) == MeshShape(tensor=-1) and (config.quantize, config.cache_dtype) == ("", "auto")
 
 
 @pytest.mark.parametrize(("text", "bias"), [("", {}), ("5:1.5", {5: 1.5}), ("5:-100, 7:2,", {5: -100.0, 7: 2.0})])

@@ -11,8 +11,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from llama_jax.config import ModelConfig
-from llama_jax.model import KVCache, LayerCache, Params, grow_cache, hidden_states, logits
+from llama_jax.model import KVCache, LayerCache, Params, empty_cache, grow_cache, hidden_states, logits, round_cache
 from llama_jax.model.cache import write
+from llama_jax.ops.qarray import QVectors, quantize_vectors
 from tests.model.make import CONFIGS, TINY, params_of, tokens_of
 
 B, T, S = 3, 16, 24
@@ -25,10 +26,12 @@ def grid(B: int, T: int, start: Array | int = 0) -> Array:
     return jnp.reshape(jnp.asarray(start), (-1, 1)) + jnp.broadcast_to(jnp.arange(T), (B, T))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def prefill(cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array) -> tuple[Array, KVCache]:
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def prefill(
+    cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, cache_dtype: str = "auto"
+) -> tuple[Array, KVCache]:
     x, cache = hidden_states(cfg, params, tokens, grid(*tokens.shape), rope_length=rope_length)
-    return logits(cfg, params, x), grow_cache(cache, S)
+    return logits(cfg, params, x), grow_cache(round_cache(cache, cache_dtype), S)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -45,9 +48,9 @@ def prompts(cfg: ModelConfig, tokens: np.ndarray, lengths: np.ndarray = LENGTHS)
     return np.where(np.arange(T) < lengths[:, None], tokens, tokens_of(cfg, *tokens.shape, seed=9))
 
 
-def decode_all(cfg: ModelConfig, params: Params, tokens: np.ndarray) -> tuple[np.ndarray, KVCache]:
+def decode_all(cfg: ModelConfig, params: Params, tokens: np.ndarray, cache_dtype: str = "auto") -> tuple[np.ndarray, KVCache]:
     """Logits [B, T, V] and cache of tokens [B, T]: prompts in one padded pass, then token by token from each one's end."""
-    first, cache = prefill(cfg, params, prompts(cfg, tokens), ROPE_LENGTHS)
+    first, cache = prefill(cfg, params, prompts(cfg, tokens), ROPE_LENGTHS, cache_dtype)
     result = np.zeros((*tokens.shape, cfg.vocab_size), np.float32)
     for b, length in enumerate(LENGTHS):
         result[b, :length] = first[b, :length]
@@ -94,37 +97,103 @@ def test_decoding_in_bfloat16_is_close_to_the_forward_pass(rows, precision):
     assert np.sqrt(np.mean((out[:, 0] - exact) ** 2) / np.mean(exact**2)) < 0.03
 
 
+# int8
+
+
+def rms(x: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoding_with_a_cache_in_int8_is_close_to_the_forward_pass(name):
+    """Prompts are read before they are rounded: their logits are those of the forward pass."""
+    cfg, params, tokens = CONFIGS[name], params_of(CONFIGS[name]), tokens_of(CONFIGS[name], B, T)
+    whole, _ = prefill(cfg, params, tokens, ROPE_LENGTHS)
+    out, cache = decode_all(cfg, params, tokens, "int8")
+    in_prompt = np.arange(T) < LENGTHS[:, None]
+    np.testing.assert_allclose(out[in_prompt], np.asarray(whole)[in_prompt], rtol=0, atol=1e-5)
+    assert 1e-4 < rms((out - whole)[~in_prompt]) / rms(whole) < 0.02
+    for layer in cache:
+        for half in layer:
+            assert half.shape == (B, cfg.num_kv_heads, S, cfg.head_dim) and half.scale.shape == half.shape[:-1]
+            assert half.value.dtype == jnp.int8 and half.scale.dtype == jnp.float32
+
+
+def test_a_token_reads_its_own_key_and_value_rounded():
+    """One token with an empty cache attends to itself alone: the last layer gives it its value, which has 255 levels."""
+    cfg = dataclasses.replace(TINY, num_layers=1)
+    params, start = params_of(cfg), np.zeros(B, np.int32)
+    x = params["embedding"][tokens_of(cfg, B, 1)]
+
+    def attended(cache: KVCache | None) -> np.ndarray:
+        """What attention gives to o_proj, had there been no MLP and no residual."""
+        only = {**params["layers"][0], "down_proj": jnp.zeros_like(params["layers"][0]["down_proj"])}
+        out, _ = hidden_states(cfg, params | {"layers": [only]}, tokens_of(cfg, B, 1), grid(B, 1, start), cache)
+        return np.asarray(out - x)[:, 0]
+
+    _, (layer,) = hidden_states(cfg, params, tokens_of(cfg, B, 1), grid(B, 1, start))
+    value = quantize_vectors(layer.v[:, :, 0])
+    heads = jnp.repeat(value.value * value.scale[..., None], cfg.num_heads // cfg.num_kv_heads, axis=1)
+    wanted = jnp.einsum("BNH,DNH->BD", heads, params["layers"][0]["o_proj"], precision="highest")
+    found = attended(empty_cache(cfg, (B, 4), jnp.float32, "int8"))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    assert np.abs(found - attended(None)).max() > 1e-4
+
+
+def test_an_empty_cache_is_read_as_none_was():
+    """A whole pass into an empty cache is the pass without one."""
+    params, tokens = params_of(TINY), tokens_of(TINY, B, T)
+    whole, expected = prefill(TINY, params, tokens, ROPE_LENGTHS)
+    out, cache = extend(
+        TINY, params, tokens, np.zeros(B, np.int32), empty_cache(TINY, (B, S), jnp.float32, "auto"), ROPE_LENGTHS
+    )
+    np.testing.assert_allclose(out, whole, rtol=0, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), cache, expected)
+
+
 # write
 
 
 def layer_cache(rows: int, dtype: DTypeLike) -> LayerCache:
     rng = np.random.default_rng(0)
-    return LayerCache(*(jnp.asarray(rng.normal(size=(rows, K, S, H)), dtype) for _ in range(2)))
+    halves = (jnp.asarray(rng.normal(size=(rows, K, S, H)), jnp.float32 if dtype == jnp.int8 else dtype) for _ in range(2))
+    (cache,) = round_cache([LayerCache(*halves)], "int8" if dtype == jnp.int8 else "auto")
+    return cache
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def stored(x: np.ndarray, dtype: DTypeLike) -> Array | QVectors:
+    """[T, K, H] of one row as a cache of this dtype holds it: [K, T, ...]."""
+    x = jnp.asarray(x).swapaxes(0, 1)
+    return quantize_vectors(x) if dtype == jnp.int8 else x.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 @pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("starts", [[0], [7], [20], [3, 0, 20]], ids=str)
 def test_a_row_is_written_at_its_own_start_and_nowhere_else(starts, length, dtype):
     cache, rng = layer_cache(len(starts), dtype), np.random.default_rng(1)
     new = [rng.normal(size=(len(starts), length, K, H)).astype(np.float32) for _ in range(2)]
     written = jax.jit(write)(cache, *(jnp.asarray(a) for a in new), jnp.asarray(starts))
-    for slots, before, values in zip(written, cache, new, strict=True):
-        expected = np.array(before)
+    expected = jax.tree.map(np.array, cache)
+    for half, values in zip(expected, new, strict=True):
         for b, start in enumerate(starts):
-            expected[b, :, start : start + length] = np.asarray(jnp.asarray(values[b], dtype)).swapaxes(0, 1)
-        assert slots.dtype == dtype
-        np.testing.assert_array_equal(slots, expected)
+            for slots, own in zip(jax.tree.leaves(half), jax.tree.leaves(stored(values[b], dtype)), strict=True):
+                slots[b, :, start : start + length] = own
+    jax.tree.map(np.testing.assert_array_equal, written, expected)
+    assert jax.tree.map(lambda x: x.dtype, written) == jax.tree.map(lambda x: x.dtype, cache)
+    assert jax.tree.leaves(written)[0].dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_donated_cache_is_written_in_place(rows, dtype):
-    cache = LayerCache(*[jax.ShapeDtypeStruct((rows, K, 4096, H), dtype)] * 2)
-    new = jax.ShapeDtypeStruct((rows, 1, K, H), dtype)
+    half = jax.ShapeDtypeStruct((rows, K, 4096, H), dtype)
+    half = QVectors(half, jax.ShapeDtypeStruct(half.shape[:-1], jnp.float32)) if dtype == jnp.int8 else half
+    cache = LayerCache(half, half)
+    new = jax.ShapeDtypeStruct((rows, 1, K, H), jnp.float32 if dtype == jnp.int8 else dtype)
     starts = jax.ShapeDtypeStruct((rows,), jnp.int32)
     memory = jax.jit(write, donate_argnums=0).lower(cache, new, new, starts).compile().memory_analysis()
-    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes == cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 20  # no copy of either half
 
@@ -132,14 +201,14 @@ def test_a_donated_cache_is_written_in_place(rows, dtype):
 # grow_cache
 
 
-def test_a_grown_cache_keeps_what_it_held_and_has_room():
-    cache = [layer_cache(2, jnp.bfloat16), layer_cache(2, jnp.bfloat16)]
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_a_grown_cache_keeps_what_it_held_and_has_room(dtype):
+    cache = [layer_cache(2, dtype), layer_cache(2, dtype)]
     grown = grow_cache(cache, S + 5)
-    assert len(grown) == 2
-    for layer, before in zip(grown, cache, strict=True):
-        for slots, old in zip(layer, before, strict=True):
-            assert slots.shape == (2, K, S + 5, H) and slots.dtype == jnp.bfloat16
-            np.testing.assert_array_equal(slots[:, :, :S], old)
+    assert jax.tree.structure(grown) == jax.tree.structure(cache)
+    for slots, old in zip(jax.tree.leaves(grown), jax.tree.leaves(cache), strict=True):
+        assert slots.shape == (2, K, S + 5, H)[: old.ndim] and slots.dtype == old.dtype
+        np.testing.assert_array_equal(slots[:, :, :S], old)
     assert jax.tree.map(jnp.shape, grow_cache(cache, S)) == jax.tree.map(jnp.shape, cache)
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from llama_jax.ops.attention import attend, attend_causal
 from llama_jax.ops.kernels import flash, splash
+from llama_jax.ops.qarray import QVectors, quantize_vectors
 from llama_jax.reference.llama import attention as reference
-from tests.make_mesh import mesh_of, without_rematerialisation
+from tests.make_mesh import equations, mesh_of, without_rematerialisation
 
 compiled = jax.jit(attend)
 compiled_causal = jax.jit(attend_causal)
@@ -87,6 +88,61 @@ def test_the_gradient_of_a_row_that_may_look_nowhere_is_finite():
 def test_large_scores_do_not_overflow():
     q, k, v = draw(4, 1, 4, 2, 1)
     assert np.isfinite(ours(1e4 * q, 1e4 * k, v, causal(1, 4))).all()
+
+
+def rounded(x: np.ndarray) -> tuple[QVectors, np.ndarray]:
+    """Keys or values [B, S, K, H] in int8, [B, K, S, H], and the float64 numbers, [B, S, K, H], that they stand for."""
+    found = quantize_vectors(jnp.asarray(x.swapaxes(1, 2)))
+    return found, (np.asarray(found.value, np.float64) * np.asarray(found.scale, np.float64)[..., None]).swapaxes(1, 2)
+
+
+@given(st.integers(0, 2**32), st.sampled_from(list(HEADS)))
+def test_keys_and_values_in_int8_are_the_floats_they_stand_for(seed, heads):
+    q, k, v = draw(seed, 2, 7, *HEADS[heads])
+    v *= 10.0 ** np.random.default_rng(seed).integers(-3, 1, (2, 7, v.shape[2], 1))  # no two scales alike
+    (k8, k), (v8, v) = rounded(k), rounded(v)
+    np.testing.assert_allclose(compiled(q, k8, v8, causal(2, 7)), expected(q, k, v), rtol=0, atol=1e-5)
+
+
+@given(st.integers(0, 2**32), st.sampled_from(list(HEADS)))
+def test_rounding_keys_and_values_moves_attention_no_further_than_it_may(seed, heads):
+    """A score moves by e <= |q|_1 s / 2 sqrt(H), s the largest scale; so a probability by a factor of at most exp(2 e)."""
+    q, k, v = draw(seed, 2, 9, *HEADS[heads])
+    (k8, _), (v8, _) = rounded(k), rounded(v)
+    moved = np.abs(ours(q, k, v, causal(2, 9)) - np.asarray(compiled(q, k8, v8, causal(2, 9)))).max(axis=-1)
+    e = np.abs(q).sum(axis=-1) * float(k8.scale.max()) / 2 * q.shape[-1] ** -0.5
+    assert np.all(moved <= np.expm1(2 * e) * np.abs(v).max() + float(v8.scale.max()) / 2 + 1e-5)
+    assert moved.max() > 1e-4
+
+
+@pytest.mark.parametrize("precision", ["highest", "default"])
+@pytest.mark.parametrize("B, T, G", list(itertools.product((1, 2), repeat=3)))
+def test_int8_in_bfloat16_runs_and_is_close_at_every_small_shape(B, T, G, precision):
+    q, k, v = draw(5, B, T, 2 * G, 2, dtype=ml_dtypes.bfloat16)
+    (k8, k), (v8, v) = rounded(k), rounded(v)
+    with jax.default_matmul_precision(precision):
+        out = jax.jit(attend)(q, k8, v8, causal(B, T))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected(q, k, v), rtol=0, atol=0.03)
+
+
+def test_float16_keeps_small_values_in_int8():
+    """4,096 values of about 0.01, none of which weighs much: a probability times a scale would be less than float16 holds."""
+    q, k, v = draw(6, 1, 4096, 2, 1)
+    q, k, v = (0.1 * q[:, -1:]).astype(np.float16), k.astype(np.float16), (0.01 + 0.001 * v).astype(np.float16)
+    (k8, k), (v8, v) = rounded(k), rounded(v)
+    out = np.asarray(compiled(q, k8, v8, np.ones((1, 1, 4096), bool)), np.float64)
+    scores = np.einsum("nh,sh->ns", q[0, 0].astype(np.float64), k[0, :, 0]) * 10**-0.5
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    np.testing.assert_allclose(out[0, 0], weights @ v[0, :, 0] / weights.sum(axis=-1, keepdims=True), rtol=3e-3)
+
+
+def test_scales_never_multiply_keys_or_values_in_memory():
+    q, k, v = draw(7, 2, 16, 6, 2)
+    (k8, _), (v8, _) = rounded(k), rounded(v)
+    made = equations(attend, jnp.asarray(q, jnp.bfloat16), k8, v8, causal(2, 16))
+    large = [e.primitive.name for e in made if any(x.aval.size == k8.value.size for x in e.outvars)]
+    assert set(large) <= {"convert_element_type", "platform_index"} and len(large) == 2
 
 
 def check_bfloat16(B: int, T: int, G: int, compute) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.ops.linear import project
-from llama_jax.ops.qarray import METHODS, QArray, W8A8Array, dequantize, quantize
+from llama_jax.ops.qarray import METHODS, QArray, W8A8Array, dequantize, quantize, quantize_vectors
 from llama_jax.sharding import sharding
 from tests.make_mesh import mesh_of
 
@@ -39,6 +39,20 @@ def test_no_weight_moves_by_more_than_half_a_step(seed, method, shape_and_inputs
     largest = np.abs(flat).max(axis=-1, keepdims=True)
     error = np.abs(found.reshape(flat.shape) - flat)
     assert np.all(error <= HALF_STEP[method] * largest * (1 + 1e-5))
+
+
+@given(st.integers(0, 2**32), st.sampled_from([(4, 10), (2, 3, 5, 8)]), st.sampled_from([jnp.float32, jnp.bfloat16]))
+def test_no_vector_moves_by_more_than_half_a_step_of_its_own(seed, shape, dtype):
+    """Vectors of very different lengths, one of them 0: none changes how another is rounded."""
+    x = draw(seed, shape) * 10.0 ** np.random.default_rng(seed).integers(-6, 7, (*shape[:-1], 1))
+    x.reshape(-1, shape[-1])[0] = 0
+    x = np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
+    rounded = quantize_vectors(jnp.asarray(x, dtype))
+    assert rounded.value.dtype == jnp.int8 and rounded.scale.dtype == jnp.float32
+    assert rounded.shape == shape and rounded.scale.shape == shape[:-1]
+    value, scale = np.asarray(rounded.value, np.float32), np.asarray(rounded.scale)[..., None]
+    assert np.all(np.abs(value * scale - x) <= 0.5 * scale * (1 + 1e-5))
+    np.testing.assert_array_equal(np.abs(value).max(axis=-1), np.where(scale[..., 0] > 0, 127, 0))
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ def test_json_is_one_object_with_every_mesh(monkeypatch, capsys):
     found = json.loads(out)
     assert code == 0 and found["fits"] and found["changes"] == [] and found["compiled"] is None
     assert set(found) == {
-        "model", "parameters", "topology", "task", "batch", "length", "dtype", "quantize", "optimizer", "first_moment", "remat",
-        "fits", "missing_bytes", "largest_batch", "plans", "changes", "compiled",
+        "model", "parameters", "topology", "task", "batch", "length", "dtype", "quantize", "cache_dtype", "optimizer",
+        "first_moment", "remat", "fits", "missing_bytes", "largest_batch", "plans", "changes", "compiled",
     }  # fmt: skip
     assert (found["parameters"], found["batch"], found["optimizer"]) == (PRESETS["llama2_70b"].num_params, 64, "lion")
     assert found["topology"]["chip"]["hbm_bytes"] == 95.74 * 2**30

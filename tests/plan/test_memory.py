@@ -68,6 +68,9 @@ def test_a_token_in_the_cache(model, per_token):
     assert cache_bytes(request, MeshShape(tensor=8)) == 4000 * per_token / 8
     assert cache_bytes(request, MeshShape(fsdp=2, tensor=8)) == 2000 * per_token / 8
     assert cache_bytes(request, MeshShape(data=3)) == 2000 * per_token  # 4 rows over 3: filled up to 6
+    rounded = dataclasses.replace(request, cache_dtype="int8")
+    head_dim = request.config.head_dim
+    assert cache_bytes(rounded, MeshShape(tensor=8)) == 4000 * per_token / 8 * (head_dim + 4) / (2 * head_dim)
 
 
 def test_key_value_heads_are_repeated_where_tensor_is_larger():

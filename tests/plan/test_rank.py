@@ -81,7 +81,7 @@ def test_70b_on_one_h200_wants_int8_first():
 def test_the_mildest_degree_that_fits_is_proposed():
     """7B at 64 sequences of 4,096: 128 GiB of cache beside 12.55 of weights on an H200."""
     changes = {c.text: c for c in cheapest_changes(make_request("llama2_7b", "h200", "decode", batch=64, length=4096))}
-    assert list(changes) == ["--batch 32", "--length 2048", "--topology h200-2"]
+    assert list(changes) == ["--cache_dtype int8", "--batch 32", "--length 2048"]
     request = changes["--batch 32"].request
     assert not plan_on(dataclasses.replace(request, batch=64), MeshShape()).fits
 
@@ -93,6 +93,6 @@ def test_training_on_more_devices_keeps_the_sequences_per_device():
 
 
 def test_two_changes_at_once_where_one_is_not_enough():
-    """7B in float32 on a T4: 25.1 GiB of weights and 16 of cache; int8 leaves 2 of 8 sequences, or 512 of 2,048 tokens."""
+    """7B in float32 on a T4: 25.1 GiB of weights and 16 of cache; int8 weights leave 2 of 8 sequences, 8 in int8."""
     changes = cheapest_changes(make_request("llama2_7b", "t4", "decode", dtype="float32"))
-    assert [c.text for c in changes] == ["--quantize int8 --batch 2", "--topology t4-4", "--quantize int8 --length 512"]
+    assert [c.text for c in changes] == ["--quantize int8 --cache_dtype int8", "--quantize int8 --batch 2", "--topology t4-4"]

@@ -67,6 +67,8 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
         ("prefill", {"optimizer": "lion"}, "--optimizer lion is of training"),
         ("decode", {"first_moment": "bfloat16"}, "--first_moment bfloat16 is of training"),
         ("train", {"quantize": "int8"}, "--quantize int8 is of inference"),
+        ("train", {"cache_dtype": "int8"}, "--cache_dtype int8 is of inference"),
+        ("decode", {"cache_dtype": "int4"}, "--cache_dtype is 'int4', expected one of auto, int8"),
         ("decode", {"quantize": "int4"}, "--quantize is 'int4', expected one of int8"),
         ("train", {"optimizer": "sgd", "first_moment": "bfloat16"}, "--first_moment is of adamw and lion"),
         ("train", {"remat": "some"}, "--remat is 'some', expected one of none, projections, full"),

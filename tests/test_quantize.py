@@ -126,6 +126,46 @@ def test_an_adapter_and_its_base_are_rounded_together(tmp_path, lora, how):
     assert_same(llama_jax.load(tmp_path / "q").params, llama_jax.load(path, adapter=adapter, quantize="int4").params)
 
 
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_a_text_to_calibrate_with_makes_other_weights_of_the_same_form(floats, tmp_path, monkeypatch, capsys, method):
+    (tmp_path / "text").write_text("The child saw a cat. The cat saw the child. " * 20)
+    argv = ["--checkpoint", floats, "--output", tmp_path / "q", "--method", method, "--calibrate", tmp_path / "text"]
+    assert run(monkeypatch, command, *argv) == 0
+    assert f"tokens of {tmp_path / 'text'}, in rows of 64" in capsys.readouterr().err
+    found, nearest = (llama_jax.load(path, quantize=method).params for path in (tmp_path / "q", floats))
+    assert jax.tree.structure(found) == jax.tree.structure(nearest)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(nearest), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    changed = np.mean(np.asarray(found["lm_head"].value) != np.asarray(nearest["lm_head"].value))
+    assert 0.01 < changed < 0.9
+    assert f"--calibrate {tmp_path / 'text'}" in Checkpoint.open(tmp_path / "q").command
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "code", "words"),
+    [
+        ("fp8", b"The child", ExitCode.BAD_REQUEST, "--calibrate is for int8 and int4, and the method is fp8"),
+        ("int8", None, ExitCode.NO_DATA, "text cannot be read as text .*No such file"),
+        ("int8", b"\xff\xfe", ExitCode.NO_DATA, "text cannot be read as text .*utf-8"),
+        ("int8", b"The child", ExitCode.NO_DATA, "text has [0-9]+ tokens, expected at least 32"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_refused(floats, tmp_path, method, text, code, words):
+    if text is not None:
+        (tmp_path / "text").write_bytes(text)
+    with pytest.raises(LlamaError, match=words) as caught:
+        quantize(floats, tmp_path / "q", method, calibrate=tmp_path / "text")
+    assert caught.value.code == code and not (tmp_path / "q").exists()
+
+
+def test_a_text_needs_a_tokenizer(tmp_path):
+    save(tmp_path / "c", CFG, random_params(CFG))
+    (tmp_path / "text").write_text("The child " * 40)
+    with pytest.raises(LlamaError, match="c has no tokenizer, and --calibrate needs one") as caught:
+        quantize(tmp_path / "c", tmp_path / "q", "int8", calibrate=tmp_path / "text")
+    assert caught.value.code == ExitCode.BAD_TOKENIZER
+
+
 # --- what is loaded, and what of it
 
 

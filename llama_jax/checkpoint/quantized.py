@@ -27,15 +27,22 @@ REMEDY = "quantise the float checkpoint again (python -m llama_jax.quantize)"
 
 def stored_method(opened: Checkpoint | Source) -> str:
     """The method of the weights on disk, of an adapter's base for one with an adapter; "" of floats."""
-    base = getattr(opened, "base", opened)
+    base = innermost(opened)
     return base.quantize if isinstance(base, Checkpoint) else ""
+
+
+def innermost(opened: Checkpoint | Source) -> Checkpoint | Source:
+    """Weights without the adapters that are on them."""
+    while hasattr(opened, "base"):
+        opened = opened.base
+    return opened
 
 
 def check_method(opened: Checkpoint | Source, quantize: str) -> None:
     """Refuses a method that is not the one of the weights on disk; "" is as they are."""
     stored = stored_method(opened)
     if stored and quantize not in ("", stored):
-        base = getattr(opened, "base", opened)
+        base = innermost(opened)
         raise LlamaError(
             ExitCode.BAD_REQUEST,
             f"{base.path} holds {stored} weights, and quantize is {quantize!r}: rounding twice loses more than once; give the "

@@ -223,8 +223,9 @@ def test_an_adapter_over_it_makes_floats_of_both(tmp_path, capsys, scan):
         np.testing.assert_array_equal(ours, theirs)
     made = quantize(tmp_path / "lora", tmp_path / "again", "int8")
     assert_same(llama_jax.load(made.path).params, llama_jax.load(tmp_path / "lora", quantize="int8").params)
-    with pytest.raises(LlamaError, match=r"int8 holds int8 weights, and quantize is 'int4'"):
-        llama_jax.load(tmp_path / "lora", quantize="int4")
+    for more in ("", tmp_path / "lora"):  # and with another adapter on top
+        with pytest.raises(LlamaError, match=r"int8 holds int8 weights, and quantize is 'int4'"):
+            llama_jax.load(tmp_path / "lora", adapter=more, quantize="int4")
 
 
 # --- refused

@@ -20,11 +20,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from llama_jax.checkpoint.arrays import is_finite
 from llama_jax.checkpoint.lazy import LazyArray
 from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
@@ -78,7 +78,7 @@ def convert(
         total = sum(leaf.nbytes for leaf in leaves.values())
         start = time.monotonic()
         with (
-            _hashing(opened.files) as hashes,
+            hashing(opened.files) as hashes,
             tqdm(total=total, unit="B", unit_scale=True, desc="converting", file=sys.stderr) as bar,
         ):
             checkpoint = Checkpoint(
@@ -166,7 +166,7 @@ def _read(name: str, array: LazyArray, dtype: np.dtype) -> np.ndarray:
     """An array of the source in memory, finite, in the checkpoint's dtype."""
     values = array.read()
     array.release()
-    if not _is_finite(values):
+    if not is_finite(values):
         raise LlamaError(
             ExitCode.NOT_FINITE,
             f"{name} has NaN or infinite values: the source is damaged; download it again or check its training",
@@ -175,23 +175,13 @@ def _read(name: str, array: LazyArray, dtype: np.dtype) -> np.ndarray:
         return values
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
-    if not _is_finite(cast):
+    if not is_finite(cast):
         raise LlamaError(ExitCode.NOT_FINITE, f"{name} has values that {dtype} cannot hold: choose another --dtype")
     return cast
 
 
-def _is_finite(values: np.ndarray, step: int = 2**18) -> bool:
-    flat = values.reshape(-1)
-    blocks = (flat[i : i + step] for i in range(0, flat.size, step))
-    if (
-        values.dtype == ml_dtypes.bfloat16
-    ):  # whose isfinite is ten times slower than this; the exponent is all ones in NaN and inf
-        return all((block.view(np.uint16) & 0x7FFF).max() < 0x7F80 for block in blocks)
-    return all(np.isfinite(block).all() for block in blocks)
-
-
 @contextlib.contextmanager
-def _hashing(files: Sequence[Path]) -> Iterator[concurrent.futures.Future]:
+def hashing(files: Sequence[Path]) -> Iterator[concurrent.futures.Future]:
     """sha256 of the files, computed in a thread of its own; given up when the block is left with an error."""
     given_up = threading.Event()
 

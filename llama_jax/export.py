@@ -5,7 +5,8 @@
     python -m llama_jax.export --checkpoint runs/lora --merge --output llama-2-7b-tuned
 
 Writes safetensors (with an index when there are several), config.json, generation_config.json and the tokenizer. Our weights
-already have Hugging Face's orientation and RoPE convention, so that every tensor goes out byte for byte. Of a LoRA run the
+already have Hugging Face's orientation and RoPE convention, so that every tensor goes out byte for byte; quantised weights go
+out as the floats that they stand for. Of a LoRA run the
 adapter is written (adapter_model.safetensors, adapter_config.json, the tokenizer), or with --merge the model that it and its
 base are together, in the base's dtype.
 """
@@ -22,11 +23,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llama_jax.checkpoint.adapter import stored_adapter
+from llama_jax.checkpoint.adapter import reader, stored_adapter
 from llama_jax.checkpoint.huggingface_writer import SHARD_BYTES, write_huggingface
 from llama_jax.checkpoint.peft import write_peft
+from llama_jax.checkpoint.quantized import stored_method
 from llama_jax.checkpoint.store import Checkpoint
 from llama_jax.config_files import to_huggingface
+from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError, run_command
 from llama_jax.generation.load import open_weights
 from llama_jax.text.chat import stop_ids
@@ -40,6 +43,8 @@ def export(checkpoint: Checkpoint, output: str | Path, shard_bytes: int = SHARD_
     Raises:
         LlamaError: the output exists and is not empty. Whatever was begun is removed, on any error.
     """
+    if method := stored_method(checkpoint):
+        note(f"note: the {method} weights are written as the floats that they stand for, in {checkpoint.dtype}")
     with _new(output) as folder:
         _write_weights(checkpoint, folder, shard_bytes)
         tokenizer = _write_tokenizer(checkpoint, folder)
@@ -88,11 +93,11 @@ def _write_tokenizer(checkpoint: Checkpoint, output: Path) -> Tokenizer | None:
 
 
 def _write_weights(checkpoint: Checkpoint, output: Path, shard_bytes: int) -> None:
-    arrays, total = checkpoint.arrays(), checkpoint.config.num_params * checkpoint.dtype.itemsize
+    stored, total = reader(checkpoint), checkpoint.config.num_params * checkpoint.dtype.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc="exporting", file=sys.stderr) as bar:
 
         def read(name: str) -> np.ndarray:
-            array = arrays.read(name)
+            array = stored(name).read().astype(checkpoint.dtype, copy=False)
             bar.update(array.nbytes)
             return array
 

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 
 from llama_jax.checkpoint.adapter import lora_config
+from llama_jax.checkpoint.quantized import stored_bytes
 from llama_jax.checkpoint.store import Checkpoint
 from llama_jax.config import PRESETS
 from llama_jax.errors import run_command
@@ -38,7 +39,14 @@ def _parameters(checkpoint: Checkpoint) -> list[str]:
     """Of a model; or what an adapter is, and of which base."""
     num_params = checkpoint.config.num_params
     if checkpoint.adapter is None:
-        return [f"parameters   {num_params:,} in {checkpoint.dtype}, {num_params * checkpoint.dtype.itemsize / 1e9:.2f} GB"]
+        size = stored_bytes(checkpoint)
+        if not checkpoint.quantize:
+            return [f"parameters   {num_params:,} in {checkpoint.dtype}, {size / 1e9:.2f} GB"]
+        head = "" if checkpoint.config.tied_head else " and head"
+        return [
+            f"parameters   {num_params:,}, {size / 1e9:.2f} GB ({size:,} bytes)",
+            f"quantised    {checkpoint.quantize}: projections{head}; the rest {checkpoint.dtype}",
+        ]
     lora = lora_config(checkpoint)
     kind = ("DoRA" if lora.dora else "LoRA") + (", rank-stabilised" if lora.rslora else "")
     size = sum(leaf.size for leaf in jax.tree.leaves(adapter_shapes(checkpoint.config, lora, scan=True)))

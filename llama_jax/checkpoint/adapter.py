@@ -15,6 +15,7 @@ from etils import epath
 
 from llama_jax.checkpoint.arrays import mesh_leaves
 from llama_jax.checkpoint.layout import LAYER_NAMES, Source
+from llama_jax.checkpoint.quantized import QuantizedReader
 from llama_jax.checkpoint.save import Room, save_rooms
 from llama_jax.checkpoint.store import ADAPTER, ArrayReader, Checkpoint, to_flat
 from llama_jax.config import ModelConfig
@@ -111,8 +112,10 @@ class MergedReader:
 
 
 def reader(opened: Checkpoint | Source) -> Callable[[str], Stored]:
-    """A function from our dotted names to arrays on disk."""
-    return opened.params.__getitem__ if isinstance(opened, Source) else opened.arrays().array
+    """A function from our dotted names to arrays on disk; quantised ones become float32 as they are read."""
+    if isinstance(opened, Source):
+        return opened.params.__getitem__
+    return (QuantizedReader(opened) if opened.quantize else opened.arrays()).array
 
 
 def adapted(base: Checkpoint | Source, weights: AdapterWeights, own: Checkpoint | None = None) -> Checkpoint | Source:
@@ -123,7 +126,8 @@ def adapted(base: Checkpoint | Source, weights: AdapterWeights, own: Checkpoint 
     """
     if own is None and isinstance(base, Source):
         return dataclasses.replace(base, params={name: weights.on(name, array) for name, array in base.params.items()})
-    fields = {field.name: getattr(own or base, field.name) for field in dataclasses.fields(Checkpoint)} | {"dtype": base.dtype}
+    fields = {field.name: getattr(own or base, field.name) for field in dataclasses.fields(Checkpoint)}
+    fields |= {"dtype": base.dtype, "quantize": ""}  # sums are floats
     return AdaptedCheckpoint(**fields, base=base, weights=weights)
 
 

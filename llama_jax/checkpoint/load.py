@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llama_jax.checkpoint.adapter import Stored, reader
 from llama_jax.checkpoint.layout import META, Source, leaf_of, names, shapes
-from llama_jax.checkpoint.lazy import LazyArray
-from llama_jax.checkpoint.store import Checkpoint, StoredArray, stored_names, to_flat, to_tree
+from llama_jax.checkpoint.quantized import QuantizedReader, check_method, named_parts, quantized_form
+from llama_jax.checkpoint.store import Checkpoint, stored_names, to_flat, to_tree
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.mesh import padded_vocab
@@ -27,7 +28,6 @@ from llama_jax.sharding import sharding
 
 THREADS = 4
 Ranges = tuple[tuple[int, int], ...]  # first and last + 1 of each axis
-Stored = LazyArray | StoredArray
 
 
 def load_params(
@@ -38,20 +38,27 @@ def load_params(
     Args:
         mesh: where they go, by llama_jax.sharding; the default device when None.
         quantize: a method (llama_jax.ops.qarray) for projections and head as QArrays; each array is rounded on the devices as
-            soon as it is there.
+            soon as it is there. Of weights that are stored quantised, their method, or "" for the same.
         scan: layers as one dict of [L, ...].
 
     Raises:
-        LlamaError: an array is missing, damaged, or of another shape than the config says.
+        LlamaError: an array is missing, damaged, or of another shape than the config says; or the weights are stored in another
+            method.
     """
     if quantize not in ("", *METHODS):
         raise LlamaError(ExitCode.BAD_REQUEST, f'quantize is {quantize!r}, expected "" or one of {", ".join(METHODS)}')
+    check_method(opened, quantize)
     targets = _targets(opened.config, dtype, mesh, scan)
     on_disk = shapes(opened.config)
     tables = {name: on_disk[name] for name in ("embedding", "lm_head")}
-    stored = opened.params.__getitem__ if isinstance(opened, Source) else opened.arrays().array
-    then = _rounding(opened.config, mesh, scan, quantize) if quantize else None
-    return to_tree(read_arrays(stored, targets, tables, then=then))
+    is_stored = isinstance(opened, Checkpoint) and bool(opened.quantize)
+    method = opened.quantize if is_stored else quantize
+    if not method:
+        return to_tree(read_arrays(reader(opened), targets, tables))
+    wanted = _quantized(opened.config, targets, method, mesh, scan)
+    if is_stored:
+        return to_tree(_read_quantized(opened, wanted, tables))
+    return to_tree(read_arrays(reader(opened), targets, tables, then=_rounding(wanted, method)))
 
 
 def read_arrays(
@@ -167,17 +174,50 @@ def _targets(cfg: ModelConfig, dtype: np.dtype, mesh: Mesh | None, scan: bool) -
     return targets
 
 
-def _rounding(cfg: ModelConfig, mesh: Mesh | None, scan: bool, method: str) -> Callable[[str, jax.Array], jax.Array | QArray]:
-    """A function of name and array: the array rounded where it lies, if it is one of those. The float array can go then."""
+def _quantized(
+    cfg: ModelConfig, targets: Mapping[str, jax.ShapeDtypeStruct], method: str, mesh: Mesh | None, scan: bool
+) -> dict[str, jax.ShapeDtypeStruct | QArray]:
+    """The targets as rounding leaves them: of weights QArrays, value and scale placed by the weight's axes."""
     axes = {} if mesh is None else to_flat(quantize_axes(param_axes(cfg, scan=scan), method))
+    wanted = {}
+    for name, target in targets.items():
+        form = quantized_form(name, target, method)
+        if mesh is not None and isinstance(form, QArray):
+            places = (sharding(mesh, axis, part.shape) for axis, part in zip(axes[name], form, strict=True))
+            form = type(form)(*(part.update(sharding=place) for part, place in zip(form, places, strict=True)))
+        wanted[name] = form if isinstance(form, QArray) else target
+    return wanted
+
+
+def _rounding(
+    wanted: Mapping[str, jax.ShapeDtypeStruct | QArray], method: str
+) -> Callable[[str, jax.Array], jax.Array | QArray]:
+    """A function of name and array: the array rounded where it lies, if it is one of those. The float array can go then."""
 
     def rounded(name: str, array: jax.Array) -> jax.Array | QArray:
-        f = functools.partial(quantize_leaf, leaf_of(name), method=method)
-        parts = jax.eval_shape(f, array)
-        if not isinstance(parts, QArray):
+        if not isinstance(wanted[name], QArray):
             return array
-        places = mesh and type(parts)(*(sharding(mesh, axis, part.shape) for axis, part in zip(axes[name], parts, strict=True)))
+        places = jax.tree.map(lambda part: part.sharding, wanted[name])
         compiled = jax.jit(quantize_leaf, static_argnums=(0, 2), out_shardings=places)  # once for the layers' equal weights
         return jax.block_until_ready(compiled(leaf_of(name), array, method))
 
     return rounded
+
+
+def _read_quantized(
+    checkpoint: Checkpoint, wanted: Mapping[str, jax.ShapeDtypeStruct | QArray], tables: Mapping[str, tuple[int, ...]]
+) -> dict[str, jax.Array | QArray]:
+    """Weights that are stored as value and scale; tables: shapes on disk of weights with rows of padding in memory."""
+    targets, on_disk = {}, {}
+    for name, form in wanted.items():
+        targets |= named_parts(name, form)
+    for name, shape in tables.items():
+        form = quantized_form(name, jax.ShapeDtypeStruct(shape, checkpoint.dtype), checkpoint.quantize)
+        on_disk |= {part: each.shape for part, each in named_parts(name, form).items()}
+    arrays = read_arrays(QuantizedReader(checkpoint).part, targets, on_disk)
+
+    def assembled(name: str, form: jax.ShapeDtypeStruct | QArray) -> jax.Array | QArray:
+        parts = [arrays[part] for part in named_parts(name, form)]
+        return type(form)(*parts) if isinstance(form, QArray) else parts[0]
+
+    return {name: assembled(name, form) for name, form in wanted.items()}

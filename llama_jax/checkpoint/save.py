@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,6 +42,16 @@ class Room:
     axes: Mapping[str, Sequence[str]]
 
 
+class _Unwritten(NamedTuple):
+    """A leaf, how it is cut on disk, and what TensorStore needs of it."""
+
+    name: str
+    value: AnyLeaf
+    chunks: tuple[int, ...]
+    tspec: dict[str, Any]
+    ts_context: Any
+
+
 class LeafHandler(ocp.type_handlers.NumpyHandler):
     """Writes leaves in our chunks: one at a time, or several that together are small.
 
@@ -64,7 +74,7 @@ class LeafHandler(ocp.type_handlers.NumpyHandler):
         self, values: Sequence[AnyLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> None:
         """NumpyHandler's, which writes in the first process only."""
-        writes = []
+        together: dict[str, list[_Unwritten]] = {}
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             tspec = ocp.type_handlers.get_json_tspec_write(
@@ -75,21 +85,24 @@ class LeafHandler(ocp.type_handlers.NumpyHandler):
                 dtype=value.dtype,
                 process_index=jax.process_index(),
             )
-            writes.append(self._write(info.name, value, tspec, info.ts_context))
-        await asyncio.gather(*writes)
+            chunks = chunk_shape(value.shape, self._axes[info.name], value.dtype.itemsize)
+            key = (isinstance(value, Leaf) and value.made_of) or info.name
+            together.setdefault(key, []).append(_Unwritten(info.name, value, chunks, tspec, info.ts_context))
+        await asyncio.gather(*map(self._write, together.values()))
 
-    async def _write(self, name: str, value: AnyLeaf, tspec: dict[str, Any], ts_context: Any) -> None:
+    async def _write(self, leaves: Sequence[_Unwritten]) -> None:
+        """One leaf, or one after the other those that are made of one thing."""
         nbytes = 0
         try:
-            chunks = chunk_shape(value.shape, self._axes[name], value.dtype.itemsize)
-            turn = self._turn if isinstance(value, MeshLeaf) else contextlib.nullcontext()
+            turn = self._turn if isinstance(leaves[0].value, MeshLeaf) else contextlib.nullcontext()
             async with turn:  # processes start the same programs in the same order, also those that have failed
-                parts = value.parts(chunks)
-                nbytes = await self._make_room(sum(part.nbytes for _, part in parts))
-            if self.failure is None:
-                store = await self._open(value, chunks, tspec, ts_context)
-                await asyncio.gather(*(_write_part(store, index, part) for index, part in parts))
-                self._written(name, nbytes)
+                parts = [leaf.value.parts(leaf.chunks) for leaf in leaves]
+                nbytes = await self._make_room(sum(part.nbytes + part.making_bytes for each in parts for _, part in each))
+            for leaf, each in zip(leaves, parts, strict=True):
+                if self.failure is None:
+                    store = await self._open(leaf)
+                    await asyncio.gather(*(_write_part(store, index, part) for index, part in each))
+                    self._written(leaf.name, sum(part.nbytes for _, part in each))
         except BaseException as error:
             self.failure = self.failure or error
         finally:
@@ -104,19 +117,19 @@ class LeafHandler(ocp.type_handlers.NumpyHandler):
             self._in_memory += nbytes
         return nbytes
 
-    async def _open(self, value: AnyLeaf, chunks: Sequence[int], tspec: dict[str, Any], ts_context: Any) -> Any:
+    async def _open(self, leaf: _Unwritten) -> Any:
         """The TensorStore of an array; the first process writes what it is, the others know."""
         import tensorstore as ts
 
-        tspec["metadata"] = {
-            "shape": list(value.shape),
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
+        leaf.tspec["metadata"] = {
+            "shape": list(leaf.value.shape),
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(leaf.chunks)}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         }
         if self._context is None:  # the disk is waited for once, at the end, and not after every file
-            self._context = ts.Context({"file_io_sync": False}, parent=ts_context)
+            self._context = ts.Context({"file_io_sync": False}, parent=leaf.ts_context)
         first = jax.process_index() == 0
-        return await ts.open(ts.Spec(tspec), create=first, open=True, assume_metadata=not first, context=self._context)
+        return await ts.open(ts.Spec(leaf.tspec), create=first, open=True, assume_metadata=not first, context=self._context)
 
 
 def save_checkpoint(

@@ -18,9 +18,11 @@ from etils import epath
 
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.ops.qarray import METHODS
 from llama_jax.sharding import RULES
 
 FORMAT, VERSION = "llama_jax checkpoint", 1
+QUANTIZED_VERSION = 2  # of quantised weights only, which those who read version 1 would look for in vain
 MANIFEST = "checkpoint.json"
 STEPS = "checkpoints"
 ADAPTER = "adapter"
@@ -36,13 +38,15 @@ class Checkpoint:
     Attributes:
         path: the directory.
         config: the model.
-        dtype: of every parameter.
+        dtype: of every parameter; of quantised weights, of those that are not.
         chat_format: "" for a base model, or a name of llama_jax.text.chat.FORMATS.
         tokenizer: names of the tokenizer files in the directory; empty when the source had none.
         source: kind, path and files (name, bytes, sha256) of what it was converted from.
         command: what made it.
         adapter: of a checkpoint that holds an adapter and no model: its LoraConfig, and `base` (path) and `base_fingerprint` of
             the weights it belongs to (llama_jax.checkpoint.adapter).
+        quantize: the method (llama_jax.ops.qarray) of projections and head, which are stored rounded
+            (llama_jax.checkpoint.quantized); "" for floats.
     """
 
     path: epath.Path
@@ -53,6 +57,7 @@ class Checkpoint:
     source: Mapping[str, Any]
     command: str
     adapter: Mapping[str, Any] | None = None
+    quantize: str = ""
 
     @classmethod
     def open(cls, path: epath.PathLike) -> "Checkpoint":
@@ -70,10 +75,18 @@ class Checkpoint:
             raise LlamaError(
                 ExitCode.NOT_A_CHECKPOINT, f"{folder / MANIFEST} is not one that llama_jax wrote: convert the source again"
             ) from None
-        if version != VERSION:
+        if version not in (VERSION, QUANTIZED_VERSION):
             raise LlamaError(
                 ExitCode.NOT_A_CHECKPOINT,
-                f"{folder} has format version {version}, this llama_jax reads version {VERSION}: update it, or convert again",
+                f"{folder} has format version {version}, this llama_jax reads versions {VERSION} and {QUANTIZED_VERSION}: "
+                "update it, or convert again",
+            )
+        quantize = manifest.get("quantize", "")
+        if quantize not in ("", *METHODS):
+            raise LlamaError(
+                ExitCode.NOT_A_CHECKPOINT,
+                f"{folder} holds weights quantised by {quantize!r}, this llama_jax knows {', '.join(METHODS)}: update it, or "
+                "quantise the float checkpoint again",
             )
         return cls(
             path=folder,
@@ -84,13 +97,14 @@ class Checkpoint:
             source=manifest["source"],
             command=manifest["command"],
             adapter=manifest.get("adapter"),
+            quantize=quantize,
         )
 
     def manifest(self) -> dict[str, Any]:
         """What is written to checkpoint.json."""
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": QUANTIZED_VERSION if self.quantize else VERSION,
             "config": dataclasses.asdict(self.config),
             "dtype": self.dtype.name,
             "chat_format": self.chat_format,
@@ -98,19 +112,26 @@ class Checkpoint:
             "source": dict(self.source),
             "command": self.command,
             **({} if self.adapter is None else {"adapter": dict(self.adapter)}),
+            **({"quantize": self.quantize} if self.quantize else {}),
         }
 
     def arrays(self) -> "ArrayReader":
-        """The model's.
+        """The model's, all floats.
 
         Raises:
-            LlamaError: there is none, only an adapter.
+            LlamaError: there is none, only an adapter; or the weights are quantised.
         """
         if self.adapter is not None:
             raise LlamaError(
                 ExitCode.NOT_A_CHECKPOINT,
                 f"{self.path} holds an adapter and no model (its base is {self.adapter['base']}): "
                 "python -m llama_jax.export --merge makes one of them",
+            )
+        if self.quantize:
+            raise LlamaError(
+                ExitCode.BAD_REQUEST,
+                f"{self.path} holds {self.quantize} weights, and this needs floats: give the checkpoint that it was made from "
+                f"({self.command})",
             )
         return ArrayReader(self.path / "params")
 
@@ -152,11 +173,12 @@ class StoredArray:
     """An array on disk, with the face of a source's LazyArray.
 
     Attributes:
-        shape: on disk.
+        shape, dtype: on disk.
     """
 
     def __init__(self, store: Any, where: str, remedy: str):
         self.shape = tuple(store.shape)
+        self.dtype = np.dtype(store.dtype.numpy_dtype)
         self._store = store
         self._where = where
         self._remedy = remedy

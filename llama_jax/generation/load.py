@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from llama_jax.checkpoint.adapter import adapted, check_base, stored_adapter
 from llama_jax.checkpoint.load import load_params
 from llama_jax.checkpoint.peft import is_peft, read_peft
+from llama_jax.checkpoint.quantized import check_method, stored_method
 from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.config import ModelConfig
@@ -59,7 +60,7 @@ def load(
             bfloat16, which every accelerator multiplies, and float64 becomes float32.
         quantize: how projections and head are rounded (a tied head stays as it is): "int8" or "fp8", 8 bits with a scale per
             output; "int4", 4 bits with a scale per 128 inputs; "w8a8", int8 whose activations are rounded, too, which a CPU
-            multiplies fastest.
+            multiplies fastest. Weights that are stored quantised (llama_jax.quantize) need none, and are not rounded again.
         cache_dtype: of keys and values: "auto", the compute dtype, or "int8", with a scale per token and head: half of
             bfloat16's memory. Prompts are read with keys and values as they were computed; decoding, score and logits read
             rounded ones.
@@ -77,10 +78,7 @@ def load(
         LlamaError: there is no complete checkpoint, or a setting is out of range.
     """
     opened = open_weights(checkpoint, adapter)
-    if dtype == "auto":
-        dtype = {"float16": "bfloat16", "float64": "float32"}.get(opened.dtype.name, opened.dtype.name)
-    if dtype not in COMPUTE_DTYPES:
-        raise LlamaError(ExitCode.BAD_REQUEST, f"dtype is {dtype!r}, expected auto or one of {', '.join(COMPUTE_DTYPES)}")
+    dtype = compute_dtype(opened, dtype)
     if not 0 <= max_length <= 2**20:
         raise LlamaError(
             ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
@@ -88,6 +86,7 @@ def load(
     if quantize not in (None, "", *METHODS):
         raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or None for none")
     check_cache_dtype(cache_dtype)
+    check_method(opened, quantize or "")
     if batch_size < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
     check_draft(draft, draft_tokens)
@@ -98,8 +97,11 @@ def load(
     devices = _mesh(opened.config, mesh)
     text = tokenizer_of(opened, tokenizer)
     device = jax.local_devices()[0]
-    if device.platform == "cpu" and quantize and quantize != "w8a8":
-        note(f"note: on a CPU {quantize} weights are made float at every step, which is slow: w8a8 is what it multiplies fast")
+    method = quantize or getattr(opened, "quantize", "")
+    if stored_method(opened) and not method:
+        note(f"note: {stored_method(opened)} weights and an adapter become floats together; quantize rounds their sum")
+    if device.platform == "cpu" and method not in ("", "w8a8"):
+        note(f"note: on a CPU {method} weights are made float at every step, which is slow: w8a8 is what it multiplies fast")
     kernels = dtype == "float32" or choose_attention("auto", device, opened.config.head_dim, note)
     guesses = lookup(draft_tokens) if draft == LOOKUP else None
     if small:
@@ -110,7 +112,7 @@ def load(
             target_tokenizer=text,
             dtype=dtype,
             mesh=devices,
-            quantize=quantize or "",
+            quantize="" if stored_method(small) else quantize or "",
             max_length=max_length or opened.config.max_length,
             kernels=kernels,
             cache_dtype=cache_dtype,
@@ -128,6 +130,19 @@ def load(
         guesses=guesses,
         cache_dtype=cache_dtype,
     )
+
+
+def compute_dtype(opened: Checkpoint | Source, dtype: str = "auto") -> str:
+    """The dtype that weights are loaded in; "auto" as `load` has it.
+
+    Raises:
+        LlamaError: it is none of COMPUTE_DTYPES.
+    """
+    if dtype == "auto":
+        return {"float16": "bfloat16", "float64": "float32"}.get(opened.dtype.name, opened.dtype.name)
+    if dtype not in COMPUTE_DTYPES:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"dtype is {dtype!r}, expected auto or one of {', '.join(COMPUTE_DTYPES)}")
+    return dtype
 
 
 def check_cache_dtype(cache_dtype: str) -> None:

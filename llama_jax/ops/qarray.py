@@ -44,16 +44,29 @@ def quantize(weight: Array, num_inputs: int, method: str = "int8") -> QArray:
         num_inputs: how many of the last axes are inputs.
         method: a key of METHODS.
     """
-    dtype, largest = METHODS[method]
     outputs, inputs = _split(weight.shape, num_inputs)
-    groups = math.prod(inputs) // math.gcd(math.prod(inputs), GROUP) if method == "int4" else 1
-    w = weight.astype(jnp.float32).reshape(*outputs, groups, -1)
-    scale = jnp.max(jnp.abs(w), axis=-1, keepdims=True) / largest
-    scale = scale.astype(jnp.bfloat16 if method == "int4" else jnp.float32)
-    steps = w / jnp.where(scale > 0, scale, 1).astype(jnp.float32)
-    steps = jnp.clip(steps if dtype == jnp.float8_e4m3fn else jnp.round(steps), -largest, largest)
+    w = weight.astype(jnp.float32).reshape(*outputs, num_groups(math.prod(inputs), method), -1)
+    scale = scale_of(w, method)
     kind = W8A8Array if method == "w8a8" else QArray
-    return kind(steps.astype(dtype).reshape(weight.shape), scale[..., 0])
+    return kind(levels(w, scale, method).astype(METHODS[method][0]).reshape(weight.shape), scale[..., 0])
+
+
+def num_groups(inputs: int, method: str) -> int:
+    """How many scales an output with so many inputs has."""
+    return inputs // math.gcd(inputs, GROUP) if method == "int4" else 1
+
+
+def scale_of(w: Array, method: str) -> Array:
+    """The scale of groups [..., I] of float32 weights, [..., 1], in the dtype that it is kept in."""
+    scale = jnp.max(jnp.abs(w), axis=-1, keepdims=True) / METHODS[method][1]
+    return scale.astype(jnp.bfloat16 if method == "int4" else jnp.float32)
+
+
+def levels(w: Array, scale: Array, method: str) -> Array:
+    """float32 weights in steps of their scale: the nearest levels, for fp8 before it is rounded to its own."""
+    dtype, largest = METHODS[method]
+    steps = w / jnp.where(scale > 0, scale, 1).astype(jnp.float32)
+    return jnp.clip(steps if dtype == jnp.float8_e4m3fn else jnp.round(steps), -largest, largest)
 
 
 def dequantize(weight: QArray, dtype: DTypeLike) -> Array:

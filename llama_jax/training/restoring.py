@@ -67,15 +67,29 @@ def initial_params(opened: Checkpoint | Source, cfg: ModelConfig, form: StateFor
         cfg: the model to train; its context and RoPE scaling may be other than the checkpoint's, its shapes may not.
 
     Raises:
-        LlamaError: a shape differs, or an array cannot be read.
+        LlamaError: a shape differs, an array cannot be read, or the weights are stored quantised and are to be trained, or are
+            a base of another form.
     """
     there, here = ({name: getattr(each, name) for name in SHAPES} for each in (opened.config, cfg))
     if wrong := _differences(there, here):
         raise LlamaError(
             ExitCode.WRONG_SHAPE, f"{opened.path} is another model: {wrong}. Leave config.model out, or correct it"
         )
+    _check_floats(opened, form)
     with everywhere(f"{opened.path} was not loaded"):
         return load_params(opened, DTYPES[form.base_dtype], mesh=mesh, quantize=form.quantize, scan=form.scan)
+
+
+def _check_floats(opened: Checkpoint | Source, form: StateForm) -> None:
+    stored = opened.quantize if isinstance(opened, Checkpoint) else ""
+    if not stored or stored == form.quantize:
+        return
+    frozen = ", or train an adapter over them as they are, with --config.lora.quantize=int8 (configs/qlora.py)"
+    raise LlamaError(
+        ExitCode.BAD_CONFIG,
+        f"{opened.path} holds {stored} weights, and the run needs {form.quantize or 'floats'}: start from the checkpoint that "
+        f"it was made from ({opened.command}){frozen if stored == 'int8' else ''}",
+    )
 
 
 def _run_of(checkpoint: Checkpoint) -> dict[str, Any]:

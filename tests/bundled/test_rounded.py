@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 import llama_jax
+from bundled.choices import Choices
 from bundled.measure import held_out_stories
+from bundled.stories import story
 from configs.sample import BUNDLED
+from llama_jax.ops.gptq import METHODS_FOR
+from llama_jax.quantize import quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {name: dict(quantize=name) for name in ("int8", "w8a8", "fp8", "int4")} | {"int8 cache": dict(cache_dtype="int8")}
@@ -36,9 +40,13 @@ def perplexity(log_probabilities: np.ndarray, rows: list[list[int]]) -> float:
 def divergence(checkpoint: Path, rows: list[list[int]], method: str) -> float:
     exact = log_probabilities(llama_jax.load(checkpoint, dtype="float32"), rows)
     rounded = log_probabilities(llama_jax.load(checkpoint, dtype="float32", **METHODS[method]), rows)
-    found = float(np.mean(np.sum(np.exp(exact) * (exact - rounded), axis=-1)))
+    found = difference(exact, rounded)
     print(f"{method}: {found:.2e} nats; perplexity {perplexity(exact, rows):.4f} -> {perplexity(rounded, rows):.4f}")
     return found
+
+
+def difference(exact: np.ndarray, rounded: np.ndarray) -> float:
+    return float(np.mean(np.sum(np.exp(exact) * (exact - rounded), axis=-1)))
 
 
 @pytest.mark.parametrize("method", BUNDLED_MOST)
@@ -47,6 +55,23 @@ def test_the_bundled_model_rounded_says_nearly_the_same(method):
     rows = [tokenizer.encode(told.text, bos=True)[:256] for told in held_out_stories(6)]
     found = divergence(ROOT / BUNDLED, rows, method)
     assert 0 < found < BUNDLED_MOST[method]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS_FOR)
+def test_rounding_for_a_text_loses_less_on_another(method, tmp_path):
+    """For stories of the training text; held-out stories. Measured: 2.3e-6 for 2.6e-6, and 4.9e-4 for 6.8e-4."""
+    text = "\n".join(story(Choices("train", "story", number)).text for number in range(200))
+    (tmp_path / "text").write_text(text)
+    quantize(ROOT / BUNDLED, tmp_path / method, method, calibrate=tmp_path / "text")
+    exact = llama_jax.load(ROOT / BUNDLED, dtype="float32")
+    rows = [exact.tokenizer.encode(told.text, bos=True)[:256] for told in held_out_stories(6)]
+    nearest = divergence(ROOT / BUNDLED, rows, method)
+    found = difference(
+        log_probabilities(exact, rows), log_probabilities(llama_jax.load(tmp_path / method, dtype="float32"), rows)
+    )
+    print(f"{method}: {found:.2e} instead of {nearest:.2e} nats")
+    assert 0 < found < {"int8": 0.95, "int4": 0.8}[method] * nearest
 
 
 @pytest.mark.parametrize("method", STORIES260K_MOST)

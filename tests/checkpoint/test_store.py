@@ -152,7 +152,7 @@ def test_a_manifest_of_another_program_is_refused(tmp_path, text):
 
 
 def test_a_later_version_is_refused(small, tmp_path):
-    refused(copy_of(small, tmp_path / "c", version=2), "format version 2, this llama_jax reads version 1")
+    refused(copy_of(small, tmp_path / "c", version=3), "format version 3, this llama_jax reads versions 1 and 2: update it")
 
 
 def test_a_working_directory_opens_its_newest_complete_step(small, tmp_path):

@@ -9,9 +9,12 @@ import pytest
 
 import llama_jax
 from configs import lora, pretrain, qlora, sft, train_bench
+from llama_jax.checkpoint.adapter import stored_adapter
+from llama_jax.checkpoint.store import Checkpoint
 from llama_jax.config import PRESETS
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model.lora import LoraConfig
+from llama_jax.quantize import quantize
 from llama_jax.training.optimizer import OptimizerConfig
 from tests.train.make import (
     MODEL,
@@ -96,6 +99,25 @@ def test_every_fine_tuning_recipe_runs_from_a_checkpoint(recipe, pretrained, fil
     assert lines(tmp_path, "eval.jsonl")[-1]["samples"][0]["prompt"] == "Who is 3?"
     learnt = sum(line["targets"] for line in found)
     assert 0 < learnt < 6 * 2 * 64 / 4  # the answers are short
+
+
+@pytest.mark.slow
+def test_qlora_over_stored_int8_weights_is_qlora_over_their_floats(pretrained, files, tmp_path):
+    """The same losses, and the same adapter; and a run goes on over them."""
+    quantize(pretrained, tmp_path / "int8", "int8", dtype="bfloat16")
+    common = dict(data__train=str(files / "chats.jsonl"), data__workers=1, data__chat_format="llama2")
+    for name, base in (("floats", pretrained), ("stored", tmp_path / "int8")):
+        run(config_of(qlora, **SHORT, init_from=str(base), **common), tmp_path / name)
+    assert [line["loss"] for line in numbers(tmp_path / "stored")] == [line["loss"] for line in numbers(tmp_path / "floats")]
+    found, wanted = (stored_adapter(Checkpoint.open(tmp_path / name)).arrays for name in ("stored", "floats"))
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    (tmp_path / "stored/checkpoints/6").rename(tmp_path / "last")
+    run(config_of(qlora, **SHORT, init_from=str(tmp_path / "int8"), **common), tmp_path / "stored")
+    for name, array in stored_adapter(Checkpoint.open(tmp_path / "stored/checkpoints/6")).arrays.items():
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+    llama = llama_jax.load(tmp_path / "stored", dtype="float32")
+    assert llama.generate(["Who is 3?"], max_new_tokens=4)[0].tokens
 
 
 @pytest.mark.parametrize("preset", PRESETS)

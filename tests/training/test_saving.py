@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from etils import epath
 
 from llama_jax.checkpoint.arrays import on_host
 from llama_jax.checkpoint.load import load_params
+from llama_jax.checkpoint.save_quantized import save_quantized
 from llama_jax.checkpoint.store import Checkpoint, to_flat
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.mesh import MeshShape
@@ -225,3 +227,39 @@ def test_a_run_starts_from_anybodys_weights_in_its_own_form(tmp_path, base):
     assert np.asarray(params["embedding"]).astype("bfloat16")[:321].tobytes() == value["embedding"].tobytes()
     with pytest.raises(LlamaError, match=r"c is another model: num_layers is 2 in the checkpoint and 3 in the config. Leave"):
         initial_params(opened, DEEPER, form, mesh=mesh)
+
+
+QLORA = StateForm(True, LoraConfig(2), "bfloat16", "int8")
+
+
+def stored_quantised(folder: Path, method: str) -> tuple[Checkpoint, Checkpoint]:
+    """Float weights and the same quantised, both of them on disk."""
+    value = jax.tree.map(lambda leaf: np.asarray(leaf.astype("bfloat16")), state_of(layout_of()).params)
+    floats = save(folder / "floats", CFG, to_flat(value))
+    made = dataclasses.replace(floats, path=epath.Path(folder / method), quantize=method, command="quantize")
+    return floats, save_quantized(made, floats)
+
+
+def test_a_base_that_is_stored_in_int8_is_what_qlora_makes_of_its_floats(tmp_path):
+    floats, int8 = stored_quantised(tmp_path, "int8")
+    found, wanted = (initial_params(opened, CFG, QLORA, mesh=training_mesh("2x2x2")) for opened in (int8, floats))
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert (ours.dtype, ours.sharding) == (theirs.dtype, theirs.sharding)
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "words"),
+    [
+        ("int8", StateForm(True), r"the run needs floats: .* \(quantize\), or train an adapter .* --config.lora.quantize=int8"),
+        ("int8", StateForm(True, LoraConfig(2), "bfloat16"), r"the run needs floats: .*--config.lora.quantize=int8"),
+        ("int4", StateForm(True), r"the run needs floats: start from the checkpoint that it was made from \(quantize\)$"),
+        ("w8a8", QLORA, r"the run needs int8: start from the checkpoint that it was made from \(quantize\)$"),
+    ],
+)
+def test_stored_quantised_weights_are_not_trained_and_no_base_of_another_form(tmp_path, method, form, words):
+    _, opened = stored_quantised(tmp_path, method)
+    with pytest.raises(LlamaError, match=f"holds {method} weights, and {words}") as caught:
+        initial_params(opened, CFG, form, mesh=training_mesh("2x2x2"))
+    assert caught.value.code == ExitCode.BAD_CONFIG

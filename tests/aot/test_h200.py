@@ -28,9 +28,9 @@ def scores(program: list[Instruction], elements: int) -> list[str]:
     return [str(i) for i in program if any(math.prod(shape) >= elements for _, shape in i.arrays)]
 
 
-@pytest.mark.parametrize(("batch", "attention", "kernels"), [(1, 2, 15), (8, 1, 12)])
+@pytest.mark.parametrize(("batch", "attention", "kernels"), [(1, 2, 13), (8, 1, 12)])
 def test_decode_of_7b_copies_no_cache_and_no_weight_in_few_kernels(batch, attention, kernels):
-    """Of one row the norms, too, are two kernels each; of eight XLA makes one of each, and rows enough for no merge."""
+    """Eight rows occupy the GPU without sharing a row's slots: their attention needs no merge."""
     cfg, length = PRESETS["llama2_7b"], 2048
     _, report, program = compiled("llama2_7b", "h200", "decode", MeshShape(), batch=batch, length=length)
     cache = 2 * cfg.num_layers * batch * cfg.num_kv_heads * length * cfg.head_dim * 2
@@ -38,7 +38,7 @@ def test_decode_of_7b_copies_no_cache_and_no_weight_in_few_kernels(batch, attent
     assert not copies(program, (batch, cfg.num_kv_heads, length, cfg.head_dim))
     assert not copies(program, (cfg.mlp_dim, cfg.embed_dim)) and not copies(program, (cfg.embed_dim, cfg.embed_dim))
     assert report.temporary_bytes < 32 * 2**20
-    assert attention_kernels(program) == attention * cfg.num_layers
+    assert sum("decode_attention" in i.op_name for i in program if i.opcode == "custom-call") == attention * cfg.num_layers
     assert kernels_of_a_layer(program, cfg.num_layers) <= kernels
 
 

@@ -138,6 +138,17 @@ def test_dynamic_rope_has_no_prefixes_and_chats_without(llama):
     same(chunked(16, cfg=cfg).generate(long, DRAWN), dynamic.generate(long, DRAWN))
 
 
+def test_a_prefix_in_int8_is_what_decoding_reads(llama):
+    """What follows a prefix reads it rounded, as it reads what it made itself: close to the floats, not equal."""
+    rounded = llama_of(cache_dtype="int8")
+    asked = dict(temperature=0, max_new_tokens=1)
+    exact = llama.generate(PROMPTS, DRAWN, **asked)
+    for prefix in (None, rounded.prefill(SHARED)):
+        for ours, wanted in zip(rounded.generate(PROMPTS, DRAWN, prefix=prefix, **asked), exact, strict=True):
+            np.testing.assert_allclose(ours.logprobs, wanted.logprobs, rtol=0, atol=0 if prefix is None else 0.1)
+            assert prefix is None or ours.logprobs != wanted.logprobs
+
+
 @pytest.mark.parametrize("prompt", [[], ids(129)])
 def test_a_prefix_of_no_tokens_or_too_many_is_refused(llama, prompt):
     with pytest.raises(LlamaError, match=f"{len(prompt)} tokens to read, expected 1 to max_length"):

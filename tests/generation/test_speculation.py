@@ -97,6 +97,14 @@ def test_a_prefix_and_guesses_together(llama, guessing):
     same(guessing.generate(prompts, DRAWN, prefix=guessing.prefill(shared)), llama.generate(prompts, DRAWN))
 
 
+def test_an_int8_cache_and_guesses_together():
+    options = dict(cache_dtype="int8", cfg=ONE_LAYER)
+    plain = llama_of(ONE_LAYER, cache_dtype="int8")
+    for ours, wanted in zip(speculative(**options).generate(PROMPTS, DRAWN), plain.generate(PROMPTS, DRAWN), strict=True):
+        assert ours.tokens == wanted.tokens
+        np.testing.assert_allclose(ours.logprobs, wanted.logprobs, rtol=0, atol=1e-3)
+
+
 def test_the_target_as_its_own_draft_is_never_wrong(llama):
     perfect = llama_of(guesses=Speculation(3, Reader(CFG, params_of(CFG), CFG.max_length, slack=SLACK)))
     for changes in (dict(temperature=0), dict(temperature=1.0, seed=5)):

@@ -12,6 +12,7 @@ from llama_jax.mesh import cache_heads
 from llama_jax.model.attention import attend_and_write
 from llama_jax.model.cache import LayerCache
 from llama_jax.ops.kernels import decode, ragged
+from llama_jax.ops.qarray import quantize_vectors
 from tests.make_mesh import equations, mesh_of, on
 
 ROWS, HEADS, KV_HEADS, SLOTS, HEAD_DIM = 8, 8, 2, 128, 128
@@ -56,6 +57,24 @@ def test_a_kernel_computes_what_a_cpu_computes(elsewhere, name):
         np.testing.assert_array_equal(ours, wanted)
 
 
+def rounded(args: tuple) -> tuple:
+    *inputs, cache, positions = args
+    return *inputs, LayerCache(*map(quantize_vectors, cache)), positions
+
+
+@pytest.mark.parametrize("name", [None, "1x1x8"])
+def test_a_kernel_reads_and_writes_an_int8_cache(elsewhere, name):
+    mesh = None if name is None else mesh_of(name)
+    args = rounded(draw(cache_heads(KV_HEADS, 1 if mesh is None else mesh.shape["tensor"])))
+    with on(mesh):
+        out, cache = jax.jit(lambda *args: attend_and_write(*args))(*args)
+        alone = jax.jit(lambda *args: attend_and_write(*args, kernels=False))(*args)
+    np.testing.assert_allclose(out.astype(np.float32), alone[0].astype(np.float32), rtol=0, atol=0.02)
+    for ours, wanted in zip(cache, alone[1], strict=True):
+        assert np.max(np.abs(np.asarray(ours.value, int) - np.asarray(wanted.value, int))) <= 1  # a tie
+        np.testing.assert_allclose(ours.scale, wanted.scale, rtol=0.01)  # of keys in bfloat16, or before they are
+
+
 def kernels(*args, **options) -> list[str]:
     program = functools.partial(attend_and_write, **options)
     return [str(e.params["name"]) for e in equations(program, *args) if e.primitive.name == "pallas_call"]
@@ -64,6 +83,7 @@ def kernels(*args, **options) -> list[str]:
 def test_of_single_tokens_in_half_precision_platforms_have_kernels_where_they_are_allowed():
     found = kernels(*draw(KV_HEADS))
     assert len(found) == 3 and set(found) == {"ragged_attention", "decode_attention", "decode_attention_merge"}
+    assert sorted(kernels(*rounded(draw(KV_HEADS)))) == sorted(found)
     assert not kernels(*draw(KV_HEADS), kernels=False)
 
 

@@ -24,7 +24,7 @@ class Block(nn.Module):
 
     Attributes:
         adapted: makes the products instead of `project_each`, from equations by name, x and weights (llama_jax.model.lora).
-        kernels: whether attention may use the platform's kernel (attend_causal and attend_and_write say which).
+        kernels: whether attention and, with a cache, norms may use the platform's kernels (the functions say which).
     """
 
     cfg: ModelConfig

@@ -121,7 +121,8 @@ def _attend(
 
 
 def _attend_kernel(position_ref: Any, new_ref: Any, *refs: Any, group: int, rows: int, num_caches: int) -> None:
-    """The first of the programs that share a row and head has the new key and value and writes them; none reads their slot."""
+    """The first of the programs that share a row and head writes the new key and value, and attends to them as it has them;
+    what any program reads of their slot, before or after, is masked."""
     cos, sin, refs = refs[0][...], refs[1][...], refs[2:]
     caches, outputs, written = refs[:num_caches], refs[num_caches:-num_caches], refs[-num_caches:]
     (k_slots, v_slots), scale_refs = caches[:2], caches[2:]

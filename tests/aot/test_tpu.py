@@ -63,7 +63,7 @@ def test_prefill_of_70b_uses_splash_attention_and_gathers_no_weight():
         ("llama2_7b", "v5e-16", MeshShape(fsdp=16), 64),
         ("llama2_70b", "v5p-128", MeshShape(fsdp=16, tensor=4), 16),
         ("llama2_70b", "v5p-128", MeshShape(fsdp=64), 128),
-        ("llama2_70b", "v6e-256", MeshShape(fsdp=128, tensor=2), 128),  # 87 s on an idle machine; 64 x 4: 135 s
+        ("llama2_70b", "v6e-256", MeshShape(fsdp=128, tensor=2), 128),  # 87 and 100 s on an idle machine; 64 x 4: 135 s
         ("llama3_1_405b", "v5p-1024", MeshShape(fsdp=64, tensor=8), 64),
     ],
 )
@@ -80,7 +80,9 @@ def test_training(model, topology, mesh, batch):
     assert sorted(gathered) == [size for size in sizes if size * 2 in weights]  # bfloat16; forward, and backward
     # A reduce-scatter that XLA:TPU runs itself stands as an all-reduce in a function of that name.
     summed = [i for i in program if i.opcode == "all-reduce" and "all-reduce-scatter" not in i.computation]
-    assert not [str(i) for i in summed for dtype, shape in i.arrays if dtype == "f32" and math.prod(shape) in sizes]
+    activation = (batch // mesh.batch_shards, 4096, D)  # on 128 x 2 it has as many numbers as q_proj and o_proj
+    gradients = [(i, shape) for i in summed for dtype, shape in i.arrays if dtype == "f32" and math.prod(shape) in sizes]
+    assert not [str(i) for i, shape in gradients if shape != activation]
     logits = [
         str(i)
         for i in program

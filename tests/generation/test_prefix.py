@@ -14,12 +14,17 @@ from llama_jax.generation import programs
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.reading import common_length
 from llama_jax.generation.request import Settings
-from tests.generation.make import CFG, ids, llama_of
+from tests.generation.make import ONE_LAYER, ids, llama_of
 from tests.model.make import params_of
 
 SHARED = ids(40, seed=9)
 PROMPTS = [[*SHARED, *ids(3, seed=1)], [*SHARED, *ids(11, seed=2)], [*SHARED, 5]]
 DRAWN = Settings(temperature=1.0, top_p=1.0, seed=3, max_new_tokens=20, ignore_eos=True, logprobs=2)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return llama_of(ONE_LAYER)
 
 
 @pytest.fixture
@@ -44,7 +49,7 @@ def same(a, b):
 
 
 def chunked(chunk: int, **options):
-    llama = llama_of(**options)
+    llama = llama_of(options.pop("cfg", ONE_LAYER), **options)
     llama.engine.chunk = chunk
     return llama
 
@@ -59,7 +64,7 @@ def test_a_prompt_read_in_chunks_is_a_prompt_read_at_once(llama, chunk, read):
 
 
 def test_chunks_end_where_the_context_does():
-    llama, whole = chunked(48), llama_of()
+    llama, whole = chunked(48), llama_of(ONE_LAYER)
     prompt = ids(127)
     same(llama.generate([prompt], DRAWN, max_new_tokens=1), whole.generate([prompt], DRAWN, max_new_tokens=1))
 
@@ -81,7 +86,7 @@ def test_what_a_prefix_has_read_is_not_read_again(llama, read):
 
 @pytest.mark.parametrize("prompt", [SHARED, SHARED[:30], [*SHARED[:20], *ids(60, seed=4)], ids(9), [*SHARED, *ids(87, seed=5)]])
 def test_any_prompt_may_meet_any_prefix(llama, prompt):
-    changes = dict(max_new_tokens=min(20, CFG.max_length - len(prompt)))
+    changes = dict(max_new_tokens=min(20, ONE_LAYER.max_length - len(prompt)))
     expected = llama.generate([prompt], DRAWN, **changes)
     same(llama.generate([prompt], DRAWN, prefix=llama.prefill(SHARED), **changes), expected)
 
@@ -127,7 +132,7 @@ def test_a_streamed_turn_is_kept_and_one_left_by_its_reader_is_not(llama):
 
 
 def test_dynamic_rope_has_no_prefixes_and_chats_without(llama):
-    cfg = dataclasses.replace(CFG, rope_type="dynamic", rope_factor=2.0, rope_original_length=32)
+    cfg = dataclasses.replace(ONE_LAYER, rope_type="dynamic", rope_factor=2.0, rope_original_length=32)
     dynamic = llama_of(cfg)
     with pytest.raises(LlamaError, match="dynamic RoPE") as error:
         dynamic.prefill(SHARED)
@@ -140,7 +145,7 @@ def test_dynamic_rope_has_no_prefixes_and_chats_without(llama):
 
 def test_a_prefix_in_int8_is_what_decoding_reads(llama):
     """What follows a prefix reads it rounded, as it reads what it made itself: close to the floats, not equal."""
-    rounded = llama_of(cache_dtype="int8")
+    rounded = llama_of(ONE_LAYER, cache_dtype="int8")
     asked = dict(temperature=0, max_new_tokens=1)
     exact = llama.generate(PROMPTS, DRAWN, **asked)
     for prefix in (None, rounded.prefill(SHARED)):
@@ -164,7 +169,7 @@ def test_common_length_is_the_longest_beginning_of_both(a, b):
 
 def test_16k_tokens_of_the_tiny_model_are_read_within_a_bound():
     """In chunks of 4,096: the cache, and temporaries that do not grow with the prompt but for a block's scores."""
-    cfg = dataclasses.replace(CFG, max_length=2**14)
+    cfg = dataclasses.replace(ONE_LAYER, max_length=2**14)
     engine = Engine(cfg, params_of(cfg), cfg.max_length)
     tokens = np.zeros((1, engine.chunk), np.int32)
     cache = jax.eval_shape(

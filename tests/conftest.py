@@ -2,6 +2,7 @@
 that are the same on every run."""
 
 import pathlib
+import signal
 
 import hypothesis
 import jax
@@ -12,6 +13,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 8)
 # What an earlier run has kept is not compiled, and what the compiler would have said of it not heard.
 jax.config.update("jax_enable_compilation_cache", False)
+
+# A shell that runs the suite in the background has Ctrl-C ignored, and programs that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("llama_jax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("llama_jax")

@@ -123,17 +123,19 @@ def _multiplied_flat(equation: str, x: Array, weight: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _products(equations: tuple[str, ...], x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
     """The float32 sums."""
+    return _each(equations, x, weights, _multiplied)
+
+
+def _each(equations, x, weights, multiply):
     x = constrain(x, *_axes(ACTIVATION_AXES, _letters(equations[0])[0]))
-    return tuple(_product(equation, x, weight) for equation, weight in zip(equations, weights, strict=True))
-
-
-def _product(equation: str, x: Array, weight: Array) -> Array:
-    y = _multiplied(equation, x, _gathered(equation, weight, x.dtype))
-    return _constrain_activation(y, _letters(equation)[2])
+    sums = (
+        multiply(equation, x, _gathered(equation, weight, x.dtype)) for equation, weight in zip(equations, weights, strict=True)
+    )
+    return tuple(_constrain_activation(y, _letters(equation)[2]) for equation, y in zip(equations, sums, strict=True))
 
 
 def _products_forward(equations, x, weights):
-    return _products(equations, x, weights), (x, weights)
+    return _each(equations, x, weights, _einsum), (x, weights)  # rows that are trained on are many
 
 
 def _products_backward(equations, saved, cotangents):

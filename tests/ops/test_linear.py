@@ -238,7 +238,8 @@ def test_the_scales_multiply_the_float32_sum_and_the_product_is_rounded_once():
     ours = project("BTD,FD->BTF", jnp.asarray(x), q)
     assert np.count_nonzero(np.asarray(ours) != exact.astype(ml_dtypes.bfloat16)) <= 2
     f32, bf16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
-    assert products(lambda x, q: project("BTD,FD->BTF", x, q), jnp.asarray(x), q) == [(bf16, bf16, f32)]  # int8 fits bfloat16
+    found = products(lambda x, q: project("BTD,FD->BTF", x, q), jnp.asarray(x), q)  # one for each platform's form
+    assert set(found) == {(bf16, bf16, f32)}  # int8 fits bfloat16
 
 
 def test_the_gradient_of_x_passes_through_a_rounded_weight():

@@ -12,24 +12,25 @@ from hypothesis import strategies as st
 from llama_jax.generation.reading import Reader
 from llama_jax.generation.request import Settings
 from llama_jax.generation.speculation import NGRAM, SLACK, Speculation, look_up
-from tests.generation.make import ONE_LAYER, ids, llama_of
+from tests.generation.make import CFG, ONE_LAYER, ids, llama_of
 from tests.model.make import params_of
 
 DRAWN = Settings(temperature=0.8, top_p=0.95, seed=3, max_new_tokens=40, ignore_eos=True, logprobs=2)
-NOISE = {"similar": 0.05, "wrong": 0.6}  # of a draft that is often right, and of one that seldom is
 PROMPTS = [ids(1), ids(7, seed=1) * 2, ids(16, seed=2), ids(11, seed=3)]
 
 
 def params_like(cfg, noise: float):
-    """The target's parameters, more or less wrong."""
+    """The target's parameters, a little wrong: a draft that is often right."""
     rng = np.random.default_rng(7)
     return jax.tree.map(lambda x: x * (1 + noise * jnp.asarray(rng.normal(size=x.shape), x.dtype)), params_of(cfg))
 
 
-def speculative(num_draft: int = 3, draft: str = "lookup", cfg=ONE_LAYER, **options):
+def speculative(num_draft: int = 3, draft: str = "lookup", cfg=CFG, **options):
     guess = None
     if draft != "lookup":
-        guess = Reader(cfg, params_like(cfg, NOISE[draft]), cfg.max_length, slack=SLACK)
+        params = params_like(cfg, 0.05) if draft == "similar" else params_of(ONE_LAYER)
+        draft_cfg = cfg if draft == "similar" else ONE_LAYER
+        guess = Reader(draft_cfg, params, cfg.max_length, slack=SLACK)
     return llama_of(cfg, guesses=Speculation(num_draft, guess), **options)
 
 
@@ -52,12 +53,7 @@ def steps_and_tokens(llama, prompt, **changes):
             return int(end.value.steps[0]), answers[0].completion().tokens
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return llama_of(ONE_LAYER)
-
-
-@pytest.fixture(scope="module", params=["lookup", "similar", pytest.param("wrong", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["lookup", "similar", "one layer"])
 def guessing(request):
     return speculative(draft=request.param)
 
@@ -102,17 +98,15 @@ def test_a_prefix_and_guesses_together(llama, guessing):
 
 
 def test_an_int8_cache_and_guesses_together():
+    options = dict(cache_dtype="int8", cfg=ONE_LAYER)
     plain = llama_of(ONE_LAYER, cache_dtype="int8")
-    for ours, wanted in zip(
-        speculative(cache_dtype="int8").generate(PROMPTS, DRAWN), plain.generate(PROMPTS, DRAWN), strict=True
-    ):
+    for ours, wanted in zip(speculative(**options).generate(PROMPTS, DRAWN), plain.generate(PROMPTS, DRAWN), strict=True):
         assert ours.tokens == wanted.tokens
         np.testing.assert_allclose(ours.logprobs, wanted.logprobs, rtol=0, atol=1e-3)
 
 
-def test_the_target_as_its_own_draft_is_never_wrong():
-    draft = Reader(ONE_LAYER, params_of(ONE_LAYER), ONE_LAYER.max_length, slack=SLACK)
-    perfect = llama_of(ONE_LAYER, guesses=Speculation(3, draft))
+def test_the_target_as_its_own_draft_is_never_wrong(llama):
+    perfect = llama_of(guesses=Speculation(3, Reader(CFG, params_of(CFG), CFG.max_length, slack=SLACK)))
     for changes in (dict(temperature=0), dict(temperature=1.0, seed=5)):
         steps, tokens = steps_and_tokens(perfect, ids(7), max_new_tokens=41, **changes)
         assert (steps, len(tokens)) == (10, 41)  # the first token is prefill's
@@ -127,7 +121,6 @@ def test_a_similar_draft_and_a_repetitive_text_take_fewer_steps(llama):
     assert steps < 60
 
 
-@pytest.mark.slow
 def test_the_distribution_is_the_target_s_whatever_the_draft_says():
     """Chi-squared over the third token of 4,000 answers: drawn after guesses of a model that is often wrong, against plain."""
     cfg = dataclasses.replace(ONE_LAYER, vocab_size=16, max_length=16)

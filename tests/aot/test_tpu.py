@@ -28,7 +28,7 @@ SLOW = 240  # seconds: 80 unrolled layers with a kernel each, and meshes of 256 
         ("llama2_7b", "v5e-8", MeshShape(tensor=8), 64, 2048, None),
         ("llama2_70b", "v5e-16", MeshShape(tensor=16), 8, 2048, "int8"),
         ("llama2_70b", "v5p-16", MeshShape(tensor=8), 8, 2048, None),
-        ("llama3_1_8b", "v6e-8", MeshShape(tensor=8), 64, 4096, None),
+        pytest.param("llama3_1_8b", "v6e-8", MeshShape(tensor=8), 64, 4096, None, marks=pytest.mark.slow),
     ],
 )
 def test_decode(model, topology, mesh, batch, length, quantize):
@@ -62,7 +62,7 @@ def test_prefill_of_70b_uses_splash_attention_and_gathers_no_weight():
     [
         ("llama2_7b", "v5e-16", MeshShape(fsdp=16), 64),
         ("llama2_70b", "v5p-128", MeshShape(fsdp=16, tensor=4), 16),
-        ("llama2_70b", "v5p-128", MeshShape(fsdp=64), 128),
+        pytest.param("llama2_70b", "v5p-128", MeshShape(fsdp=64), 128, marks=pytest.mark.slow),
         ("llama2_70b", "v6e-256", MeshShape(fsdp=128, tensor=2), 128),  # 87 and 100 s on an idle machine; 64 x 4: 135 s
         ("llama3_1_405b", "v5p-1024", MeshShape(fsdp=64, tensor=8), 64),
     ],

@@ -18,6 +18,8 @@ from tests.generation.test_load import save
 from tests.make_mesh import MESHES, mesh_of, place, without_rematerialisation
 from tests.model.make import params_of
 
+pytestmark = pytest.mark.slow  # together they take minutes
+
 SHARED_HEADS = dataclasses.replace(CFG, num_layers=1, num_heads=16, head_dim=6)  # 2 key/value heads; 8 does not divide V = 420
 PROMPTS = [ids(length, seed=length) for length in (1, 7, 16, 11, 3, 5, 2, 9)]
 GREEDY = Settings(temperature=0, max_new_tokens=20, logprobs=0, ignore_eos=True)

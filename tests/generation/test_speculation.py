@@ -53,7 +53,10 @@ def steps_and_tokens(llama, prompt, **changes):
             return int(end.value.steps[0]), answers[0].completion().tokens
 
 
-@pytest.fixture(scope="module", params=["lookup", "similar", "one layer"])
+@pytest.fixture(
+    scope="module",
+    params=["lookup", pytest.param("similar", marks=pytest.mark.slow), pytest.param("one layer", marks=pytest.mark.slow)],
+)
 def guessing(request):
     return speculative(draft=request.param)
 
@@ -121,6 +124,7 @@ def test_a_similar_draft_and_a_repetitive_text_take_fewer_steps(llama):
     assert steps < 60
 
 
+@pytest.mark.slow
 def test_the_distribution_is_the_target_s_whatever_the_draft_says():
     """Chi-squared over the third token of 4,000 answers: drawn after guesses of a model that is often wrong, against plain."""
     cfg = dataclasses.replace(ONE_LAYER, vocab_size=16, max_length=16)

@@ -6,18 +6,13 @@ The kind of source is recognised by its content. One tensor is in memory at a ti
 """
 
 import argparse
-import concurrent.futures
-import contextlib
 import dataclasses
-import hashlib
 import shlex
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +20,7 @@ from etils import epath
 from tqdm import tqdm
 
 from llama_jax.checkpoint.arrays import is_finite
+from llama_jax.checkpoint.hashing import hashing
 from llama_jax.checkpoint.lazy import LazyArray
 from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
@@ -178,28 +174,6 @@ def _read(name: str, array: LazyArray, dtype: np.dtype) -> np.ndarray:
     if not is_finite(cast):
         raise LlamaError(ExitCode.NOT_FINITE, f"{name} has values that {dtype} cannot hold: choose another --dtype")
     return cast
-
-
-@contextlib.contextmanager
-def hashing(files: Sequence[Path]) -> Iterator[concurrent.futures.Future]:
-    """sha256 of the files, computed in a thread of its own; given up when the block is left with an error."""
-    given_up = threading.Event()
-
-    def digest(file: Path) -> str:
-        sha256 = hashlib.sha256()
-        with open(file, "rb") as opened:
-            while not given_up.is_set() and (block := opened.read(2**24)):
-                sha256.update(block)
-        return sha256.hexdigest()
-
-    def describe() -> list[dict[str, str | int]]:
-        return [{"name": file.name, "bytes": file.stat().st_size, "sha256": digest(file)} for file in files]
-
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool.submit(describe)
-        finally:
-            given_up.set()
 
 
 def main() -> None:

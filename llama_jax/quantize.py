@@ -21,10 +21,10 @@ from etils import epath
 from tqdm import tqdm
 
 from llama_jax.checkpoint.calibrate import rows_of
+from llama_jax.checkpoint.hashing import hashing
 from llama_jax.checkpoint.layout import Source
 from llama_jax.checkpoint.quantized import check_method, innermost, stored_bytes
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
-from llama_jax.convert import hashing
 from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError, run_command
 from llama_jax.generation.load import COMPUTE_DTYPES, chat_format_of_weights, compute_dtype, open_weights, tokenizer_of

@@ -1,5 +1,7 @@
 """What a user may name as the source of guesses (llama_jax.generation.speculation), checked against the model."""
 
+from typing import Any
+
 from jax.sharding import Mesh
 
 from llama_jax.checkpoint.load import load_params
@@ -36,47 +38,38 @@ def lookup(draft_tokens: int) -> Speculation:
     return Speculation(draft_tokens or LOOKUP_TOKENS)
 
 
+def check_same_tokens(
+    draft: ModelConfig, draft_tokenizer: Tokenizer | None, target: ModelConfig, tokenizer: Tokenizer | None
+) -> None:
+    """Raises LlamaError where a smaller model's tokens are not the target's."""
+    if draft.vocab_size != target.vocab_size:
+        raise LlamaError(
+            ExitCode.VOCAB_MISMATCH,
+            f"the draft has a vocabulary of {draft.vocab_size:,} tokens, the model {target.vocab_size:,}: it needs the same",
+        )
+    if draft_tokenizer and tokenizer and (differs := _first_difference(draft_tokenizer, tokenizer)):
+        raise LlamaError(ExitCode.VOCAB_MISMATCH, f"the draft's tokenizer is another one than the model's: {differs}")
+
+
 def draft_model(
-    opened: Checkpoint | Source,
-    tokenizer: Tokenizer | None,
-    *,
-    target: ModelConfig,
-    target_tokenizer: Tokenizer | None,
-    dtype: str,
-    mesh: Mesh | None,
-    quantize: str,
-    max_length: int,
-    kernels: bool,
-    cache_dtype: str,
-    draft_tokens: int,
+    opened: Checkpoint | Source, dtype: str, quantize: str, draft_tokens: int, *, mesh: Mesh | None, **options: Any
 ) -> Speculation:
     """Guesses of a smaller model, loaded beside the target.
 
     Args:
-        opened: its weights; tokenizer: its own.
-        the others: as they were resolved for the target.
+        options: of the Reader, as the target's.
 
     Raises:
-        LlamaError: its tokens are not the target's, or the mesh cannot hold it.
+        LlamaError: the mesh cannot hold it.
     """
-    cfg = opened.config
-    if cfg.vocab_size != target.vocab_size:
-        raise LlamaError(
-            ExitCode.VOCAB_MISMATCH,
-            f"the draft has a vocabulary of {cfg.vocab_size:,} tokens, the model {target.vocab_size:,}: a draft needs the same",
-        )
-    if tokenizer and target_tokenizer and (differs := _first_difference(tokenizer, target_tokenizer)):
-        raise LlamaError(ExitCode.VOCAB_MISMATCH, f"the draft's tokenizer is another one than the model's: {differs}")
     if mesh is not None:
         shape = MeshShape(**mesh.shape)
-        if reason := why_illegal(cfg, shape):
+        if reason := why_illegal(opened.config, shape):
             raise LlamaError(
                 ExitCode.BAD_MESH, f"the draft cannot be spread over {shape}: {reason}; choose a mesh that both allow"
             )
     params = load_params(opened, DTYPES[dtype], mesh=mesh, quantize=quantize)
-    num_draft = draft_tokens or DRAFT_TOKENS
-    options = dict(kernels=kernels, slack=SLACK, cache_dtype=cache_dtype)
-    return Speculation(num_draft, Reader(cfg, params, max_length, mesh, **options))
+    return Speculation(draft_tokens or DRAFT_TOKENS, Reader(opened.config, params, mesh=mesh, slack=SLACK, **options))
 
 
 def _first_difference(a: Tokenizer, b: Tokenizer) -> str:

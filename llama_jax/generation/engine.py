@@ -15,7 +15,7 @@ from llama_jax.generation.reading import MIN_PROMPT_BUCKET, Reader
 from llama_jax.generation.request import Row, Settings
 from llama_jax.generation.speculation import Speculation, SpeculativeState, cache_of
 from llama_jax.generation.state import MAX_TOP_LOGPROBS, DecodeState, Output, Prefix
-from llama_jax.model import Params
+from llama_jax.model import Params, num_slots
 
 SHARED_CHUNK = 8  # tokens between two looks at a stream, on several processes
 
@@ -142,9 +142,9 @@ class Engine(Reader):
                 continue
             while True:
                 state, _ = self._advance(state, np.zeros(batch, bool), 0, num_top)
-                if _capacity(state) >= self.most_slots:
+                if num_slots(cache_of(state)) >= self.most_slots:
                     break
-                state = self._with_room(state, _capacity(state) + 1)
+                state = self._with_room(state, num_slots(cache_of(state)) + 1)
 
     def _speculative(self, state: DecodeState, rows: Sequence[Row]) -> SpeculativeState:
         batch = len(state.done)
@@ -172,13 +172,9 @@ class Engine(Reader):
     def _with_room(self, state: DecodeState | SpeculativeState, length: int) -> DecodeState | SpeculativeState:
         """The state with a cache for at least `length` tokens a row."""
         grow = programs.grow if isinstance(state, DecodeState) else speculation.grow
-        while _capacity(state) < length:
-            state = self.on_mesh(grow, state, cache_length=min(2 * _capacity(state), self.most_slots))
+        while num_slots(cache_of(state)) < length:
+            state = self.on_mesh(grow, state, cache_length=min(2 * num_slots(cache_of(state)), self.most_slots))
         return state
-
-
-def _capacity(state: DecodeState | SpeculativeState) -> int:
-    return cache_of(state)[0].k.shape[2]
 
 
 def _powers(first: int, last: int) -> Iterator[int]:

@@ -19,7 +19,7 @@ from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.config import ModelConfig
 from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError
-from llama_jax.generation.draft import LOOKUP, check_draft, draft_model, lookup
+from llama_jax.generation.draft import LOOKUP, check_draft, check_same_tokens, draft_model, lookup
 from llama_jax.generation.llama import Llama
 from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.model import CACHE_DTYPES
@@ -79,16 +79,8 @@ def load(
     """
     opened = open_weights(checkpoint, adapter)
     dtype = compute_dtype(opened, dtype)
-    if not 0 <= max_length <= 2**20:
-        raise LlamaError(
-            ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
-        )
-    if quantize not in (None, "", *METHODS):
-        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or None for none")
-    check_cache_dtype(cache_dtype)
+    _check(max_length, quantize, cache_dtype, batch_size)
     check_method(opened, quantize or "")
-    if batch_size < 1:
-        raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
     check_draft(draft, draft_tokens)
     small = open_weights(draft) if draft not in ("", LOOKUP) else None
     if max_length > opened.config.max_length:
@@ -102,34 +94,37 @@ def load(
         note(f"note: {stored_method(opened)} weights and an adapter become floats together; quantize rounds their sum")
     if device.platform == "cpu" and method not in ("", "w8a8"):
         note(f"note: on a CPU {method} weights are made float at every step, which is slow: w8a8 is what it multiplies fast")
-    kernels = dtype == "float32" or choose_attention("auto", device, opened.config.head_dim, note)
+    shared = dict(
+        max_length=max_length or opened.config.max_length,
+        mesh=devices,
+        kernels=dtype == "float32" or choose_attention("auto", device, opened.config.head_dim, note),
+        cache_dtype=cache_dtype,
+    )
     guesses = lookup(draft_tokens) if draft == LOOKUP else None
     if small:
-        guesses = draft_model(
-            small,
-            tokenizer_of(small),
-            target=opened.config,
-            target_tokenizer=text,
-            dtype=dtype,
-            mesh=devices,
-            quantize="" if stored_method(small) else quantize or "",
-            max_length=max_length or opened.config.max_length,
-            kernels=kernels,
-            cache_dtype=cache_dtype,
-            draft_tokens=draft_tokens,
-        )
+        check_same_tokens(small.config, tokenizer_of(small), opened.config, text)
+        guesses = draft_model(small, dtype, "" if stored_method(small) else quantize or "", draft_tokens, **shared)
     return Llama(
         config=opened.config,
         params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize or ""),
-        mesh=devices,
         tokenizer=text,
         chat_format=chat_format_of_weights(opened, text),
-        max_length=max_length or opened.config.max_length,
         batch_size=batch_size,
-        kernels=kernels,
         guesses=guesses,
-        cache_dtype=cache_dtype,
+        **shared,
     )
+
+
+def _check(max_length: int, quantize: str | None, cache_dtype: str, batch_size: int) -> None:
+    if not 0 <= max_length <= 2**20:
+        raise LlamaError(
+            ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
+        )
+    if quantize not in (None, "", *METHODS):
+        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or None for none")
+    check_cache_dtype(cache_dtype)
+    if batch_size < 1:
+        raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")
 
 
 def compute_dtype(opened: Checkpoint | Source, dtype: str = "auto") -> str:

@@ -20,7 +20,7 @@ from llama_jax.generation.state import (
     replicate,
     row_keys,
 )
-from llama_jax.model import KVCache, Params, cache_axes, empty_cache, grow_cache, hidden_states, logits, round_cache
+from llama_jax.model import KVCache, Params, cache_axes, empty_cache, grow_cache, hidden_states, logits, num_slots, round_cache
 from llama_jax.ops.sampling import penalise, sample, top_k
 from llama_jax.sharding import constrain
 
@@ -56,8 +56,9 @@ def prefill(
     Returns:
         The state, and the first token of every row ([B, 1]).
     """
-    cache, last = _read(cfg, params, tokens, lengths, controls.rope_length, cache_length, kernels, cache_dtype)
-    return _begin(cfg, params, cache, last, tokens, lengths, controls, num_top)
+    options = dict(cache_length=cache_length, kernels=kernels, cache_dtype=cache_dtype)
+    cache, last = read(cfg, params, tokens, lengths, controls.rope_length, **options)
+    return begin(cfg, params, cache, last, tokens, lengths, controls, num_top=num_top)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "cache_length", "kernels", "cache_dtype"))
@@ -81,8 +82,9 @@ def read(
     Returns:
         The cache, and [B, 1, D]: what the layers make of each prompt's last token, zeros where that is still to come.
     """
-    cache, last = _read(cfg, params, tokens, lengths, rope_length, cache_length, kernels, cache_dtype)
-    return place_cache(cache), last
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x, cache = hidden_states(cfg, params, tokens, positions, rope_length=rope_length, kernels=kernels)
+    return place_cache(grow_cache(round_cache(cache, cache_dtype), cache_length)), _at(x, positions, lengths - 1)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("cache", "last"))
@@ -128,13 +130,23 @@ def begin(
         cache: donated.
         tokens: [B, T], the whole prompts; needed where controls have a bias.
     """
-    return _begin(cfg, params, cache, last, tokens, lengths, controls, num_top)
+    state = DecodeState(
+        last_token=jnp.zeros_like(lengths),
+        lengths=lengths,
+        prompt_lengths=lengths,
+        done=controls.max_new <= 0,
+        cache=cache,
+        controls=controls,
+        history=None if controls.bias is None else new_history(tokens, lengths, controls.bias),
+    )
+    state, output = _choose(cfg, state, logits(cfg, params, last)[:, 0], num_top)
+    return place(state), replicate(jax.tree.map(lambda x: x[:, None], output))
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "cache_length"))
 def spread(cache: KVCache, *, batch: int, cache_length: int) -> KVCache:
     """One sequence's cache [1, K', S, H] -> the same in every row of a batch, with as many slots as asked for."""
-    kept = min(cache_length, cache[0].k.shape[2])
+    kept = min(cache_length, num_slots(cache))
     rows = jax.tree.map(lambda x: jnp.broadcast_to(x[:, :, :kept], (batch, *x[:, :, :kept].shape[1:])), cache)
     return place_cache(grow_cache(rows, cache_length))
 
@@ -259,48 +271,10 @@ def _whole_states(
     return x.swapaxes(0, 1).reshape(B, len(starts) * size, -1)[:, :T]
 
 
-def _read(
-    cfg: ModelConfig,
-    params: Params,
-    tokens: Array,
-    lengths: Array,
-    rope_length: Array,
-    cache_length: int,
-    kernels: bool,
-    cache_dtype: str,
-) -> tuple[KVCache, Array]:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, cache = hidden_states(cfg, params, tokens, positions, rope_length=rope_length, kernels=kernels)
-    return grow_cache(round_cache(cache, cache_dtype), cache_length), _at(x, positions, lengths - 1)
-
-
 def _at(x: Array, positions: Array, wanted: Array) -> Array:
     """[B, T, D] at one position a row: [B, 1, D]; zeros where it is not among them."""
     # A sum of one position and zeros, where indexing would gather a sequence that lies on several devices.
     return jnp.sum(jnp.where((positions == wanted[:, None])[..., None], x, 0), axis=1, keepdims=True)
-
-
-def _begin(
-    cfg: ModelConfig,
-    params: Params,
-    cache: KVCache,
-    last: Array,
-    tokens: Array | None,
-    lengths: Array,
-    controls: Controls,
-    num_top: int,
-) -> tuple[DecodeState, Output]:
-    state = DecodeState(
-        last_token=jnp.zeros_like(lengths),
-        lengths=lengths,
-        prompt_lengths=lengths,
-        done=controls.max_new <= 0,
-        cache=cache,
-        controls=controls,
-        history=None if controls.bias is None else new_history(tokens, lengths, controls.bias),
-    )
-    state, output = _choose(cfg, state, logits(cfg, params, last)[:, 0], num_top)
-    return place(state), replicate(jax.tree.map(lambda x: x[:, None], output))
 
 
 def _decode_step(

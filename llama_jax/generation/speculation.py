@@ -16,7 +16,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.generation import programs
 from llama_jax.generation.reading import Reader
 from llama_jax.generation.state import DecodeState, Output, by_rows, place, place_cache, replicate, row_keys
-from llama_jax.model import KVCache, Params, grow_cache, hidden_states, logits
+from llama_jax.model import KVCache, Params, grow_cache, hidden_states, logits, num_slots
 from llama_jax.ops.sampling import sample
 from llama_jax.sharding import constrain
 
@@ -58,10 +58,10 @@ class SpeculativeState:
 @functools.partial(jax.jit, donate_argnames=("target", "draft_cache"))
 def start(target: DecodeState, tokens: Array, draft_cache: KVCache | None) -> SpeculativeState:
     """After prefill: tokens [B, T] are the prompts; both caches are donated."""
-    tokens = jnp.pad(tokens, ((0, 0), (0, _capacity(target.cache) - tokens.shape[1])))
+    tokens = jnp.pad(tokens, ((0, 0), (0, num_slots(target.cache) - tokens.shape[1])))
     tokens = _put(tokens, target.last_token[:, None], target.lengths, jnp.ones_like(target.lengths))
     if draft_cache is not None:
-        draft_cache = grow_cache(draft_cache, _capacity(target.cache))
+        draft_cache = grow_cache(draft_cache, num_slots(target.cache))
     return _place(SpeculativeState(target, tokens, draft_cache, jnp.zeros_like(target.lengths)))
 
 
@@ -227,10 +227,6 @@ def _put(all: Array, new: Array, at: Array, count: Array) -> Array:
 def _one(x: Array, at: Array) -> Array:
     """[B, S] -> [B]: the element at an index of each row, 0 where it is outside."""
     return jnp.sum(jnp.where(jnp.arange(x.shape[1]) == at[:, None], x, 0), axis=1)
-
-
-def _capacity(cache: KVCache) -> int:
-    return cache[0].k.shape[2]
 
 
 def _place(state: SpeculativeState) -> SpeculativeState:

@@ -78,9 +78,14 @@ def _write_rows(slots: Array, new: Array, start: Array) -> Array:
     return jax.lax.fori_loop(0, jnp.where(start[0] < 0, 0, slots.shape[0]), write_row, slots)
 
 
+def num_slots(cache: KVCache) -> int:
+    """S: tokens of a row that it has room for."""
+    return cache[0].k.shape[2]
+
+
 def grow_cache(cache: KVCache, length: int) -> KVCache:
     """The same cache with room for `length` tokens a row."""
-    pad = ((0, 0), (0, 0), (0, length - cache[0].k.shape[2]), (0, 0))
+    pad = ((0, 0), (0, 0), (0, length - num_slots(cache)), (0, 0))
     return jax.tree.map(lambda x: jnp.pad(x, pad[: x.ndim]), cache)
 
 

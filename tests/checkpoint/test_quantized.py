@@ -276,7 +276,11 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_is_left(tmp_path, b
 
 def save_until_killed(folder: str) -> None:
     floats = Checkpoint.open(f"{folder}/float")
-    written = lambda name, nbytes: os._exit(9) if name == "layers.1.up_proj.value" else None  # noqa: E731
+
+    def written(name: str, nbytes: int) -> None:
+        if name == "layers.1.up_proj.value":
+            os._exit(9)
+
     save_quantized(described(Path(folder) / "int8", floats, "int8"), floats, written=written)
 
 

@@ -12,7 +12,7 @@ import llama_jax
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation import programs
 from llama_jax.generation.engine import Engine
-from llama_jax.generation.reading import common_length
+from llama_jax.generation.reading import Reader, common_length
 from llama_jax.generation.request import Settings
 from tests.generation.make import ONE_LAYER, ids, llama_of
 from tests.model.make import params_of
@@ -30,15 +30,14 @@ def llama():
 @pytest.fixture
 def read(monkeypatch):
     """How many tokens of each row every program read, in order."""
-    found = []
-    for name in ("prefill", "read", "extend"):
-        program = getattr(programs, name)
+    found, on_mesh = [], Reader.on_mesh
 
-        def counted(cfg, params, *args, program=program, name=name, **options):
+    def counted(self, program, *args, **options):
+        if program in (programs.prefill, programs.read, programs.extend):
             found.append(next(a.shape[1] for a in args if isinstance(a, np.ndarray) and a.ndim == 2))
-            return program(cfg, params, *args, **options)
+        return on_mesh(self, program, *args, **options)
 
-        monkeypatch.setattr(programs, name, counted)
+    monkeypatch.setattr(Reader, "on_mesh", counted)
     return found
 
 

@@ -284,7 +284,7 @@ def _decode_step(
     x, cache = hidden_states(cfg, params, tokens, positions, state.cache, state.controls.rope_length, kernels=kernels)
     lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
     state = dataclasses.replace(state, cache=cache, lengths=lengths)
-    return _choose(cfg, state, logits(cfg, params, x)[:, 0], num_top)
+    return _choose(cfg, state, logits(cfg, params, x, kernels=kernels)[:, 0], num_top)
 
 
 def _choose(cfg: ModelConfig, state: DecodeState, raw: Array, num_top: int) -> tuple[DecodeState, Output]:

@@ -24,7 +24,7 @@ class Block(nn.Module):
 
     Attributes:
         adapted: makes the products instead of `project_each`, from equations by name, x and weights (llama_jax.model.lora).
-        kernels: whether attention and, with a cache, norms may use the platform's kernels (the functions say which).
+        kernels: whether attention may use the platform's kernels (the functions say which).
     """
 
     cfg: ModelConfig
@@ -51,8 +51,7 @@ class Block(nn.Module):
             cache: k, v [B, K', S, H]; without one, queries see the keys of this call, and these are the cache returned.
             segment_ids: [B, T] of rows that hold several sequences; without a cache.
         """
-        kernels = self.kernels and cache is not None  # without one a gradient may be wanted
-        y = self.norm("attn_norm", x, kernels)
+        y = self.norm("attn_norm", x)
         q, k, v = self.project(y, q_proj="BTD,NHD->BTNH", k_proj="BTD,KHD->BTKH", v_proj="BTD,KHD->BTKH")
         if cache is None:
             q, k, v = rotate(q, cos, sin), repeat_heads(rotate(k, cos, sin)), repeat_heads(v)
@@ -62,14 +61,13 @@ class Block(nn.Module):
             y, cache = attend_and_write(q, k, v, cos, sin, cache, positions, kernels=self.kernels)
         x = x + self.project(y, o_proj="BTNH,DNH->BTD")[0]
 
-        y = self.norm("mlp_norm", x, kernels)
+        y = self.norm("mlp_norm", x)
         gate, up = self.project(y, gate_proj="BTD,FD->BTF", up_proj="BTD,FD->BTF")
         y = jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
         return x + self.project(y, down_proj="BTF,DF->BTD")[0], cache
 
-    def norm(self, name: str, x: Array, kernels: bool) -> Array:
-        weight = self.weight(name, (self.cfg.embed_dim,), ("norm",))
-        return rms_norm(x, weight, self.cfg.norm_eps, kernels=kernels)
+    def norm(self, name: str, x: Array) -> Array:
+        return rms_norm(x, self.weight(name, (self.cfg.embed_dim,), ("norm",)), self.cfg.norm_eps)
 
     def project(self, x: Array, **equations: str) -> tuple[Array, ...]:
         """Products of x with the weights of these names; results carry the names, too, for policies that save them.

@@ -1,5 +1,6 @@
 """The whole model as functions over a tree of parameters (llama_jax.model.params)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,9 +11,10 @@ from jax.typing import DTypeLike
 
 from llama_jax.config import ModelConfig
 from llama_jax.model.block import Block
-from llama_jax.model.cache import KVCache
+from llama_jax.model.cache import KVCache, LayerCache
 from llama_jax.model.lora import LayerAdapter, LoraConfig, layer_seeds
 from llama_jax.model.params import Params
+from llama_jax.model.token import supports_head, supports_layer, token_layer, token_logits
 from llama_jax.ops.attention import MASKED
 from llama_jax.ops.linear import lookup, project
 from llama_jax.ops.norm import rms_norm
@@ -58,8 +60,20 @@ def hidden_states(
     x = embed(params, tokens)
     caches = list(cache or [None] * cfg.num_layers)
     for i, layer in enumerate(params["layers"]):
-        x, caches[i] = Block(cfg, kernels=kernels).apply({"params": layer}, x, positions, cos, sin, caches[i])
+        x, caches[i] = _layer(cfg, kernels, layer, x, positions, cos, sin, caches[i])
     return x, caches
+
+
+def _layer(
+    cfg: ModelConfig, kernels: bool, layer: Params, x: Array, positions: Array, cos: Array, sin: Array, cache: LayerCache | None
+) -> tuple[Array, LayerCache]:
+    def plain(layer: Params, *inputs: Array | LayerCache | None) -> tuple[Array, LayerCache]:
+        return Block(cfg, kernels=kernels).apply({"params": layer}, *inputs)
+
+    inputs = (layer, x, positions, cos, sin, cache)
+    if not kernels or not supports_layer(layer, x, cache):
+        return plain(*inputs)
+    return jax.lax.platform_dependent(*inputs, cuda=functools.partial(token_layer, cfg), default=plain)
 
 
 def train_states(
@@ -116,10 +130,22 @@ def embed(params: Params, tokens: Array, dtype: DTypeLike | None = None) -> Arra
     return lookup(params["embedding"], tokens, dtype or params["embedding"].dtype)
 
 
-def logits(cfg: ModelConfig, params: Params, x: Array) -> Array:
-    """Final norm and head: [B, T, D] -> [B, T, V'] float32; rows that only pad the vocabulary are never likely."""
-    x = rms_norm(x, params["final_norm"], cfg.norm_eps)
-    return mask_padding(cfg, project("BTD,VD->BTV", x, head(cfg, params), jnp.float32))
+def logits(cfg: ModelConfig, params: Params, x: Array, *, kernels: bool = False) -> Array:
+    """Final norm and head: [B, T, D] -> [B, T, V'] float32; rows that only pad the vocabulary are never likely.
+
+    Args:
+        kernels: of a single token by the GPU's kernel, which has no gradient, where there is one for it.
+    """
+
+    def plain(norm: Array, head: Array | QArray, x: Array) -> Array:
+        return project("BTD,VD->BTV", rms_norm(x, norm, cfg.norm_eps), head, jnp.float32)
+
+    inputs = (params["final_norm"], head(cfg, params), x)
+    if kernels and supports_head(cfg, inputs[1], x):
+        scores = jax.lax.platform_dependent(*inputs, cuda=functools.partial(token_logits, cfg), default=plain)
+    else:
+        scores = plain(*inputs)
+    return mask_padding(cfg, scores)
 
 
 def head(cfg: ModelConfig, params: Params) -> Array | QArray:

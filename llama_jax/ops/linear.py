@@ -95,16 +95,8 @@ def _multiplied(equation: str, x: Array, weight: Array) -> Array:
     """The sums; of few tokens a row, x [B, T, ...], in the form that a platform's XLA is fast at."""
     if x.shape[1] > FEW_TOKENS:
         return _einsum(equation, x, weight)
-    forms = {"cpu": _multiplied_flat, "default": _einsum} | (
-        {"cuda": _multiplied_twice} if x.shape[0] * x.shape[1] == 1 else {}
-    )
-    return jax.lax.platform_dependent(x, weight, **{name: functools.partial(f, equation) for name, f in forms.items()})
-
-
-def _multiplied_twice(equation: str, x: Array, weight: Array) -> Array:
-    """A single row as two, which are multiplied in the time of one: XLA:GPU makes one kernel of several products of a matrix,
-    and of a vector it does not."""
-    return _einsum(equation, jnp.broadcast_to(x, (2, *x.shape[1:])), weight)[:1]
+    flat, plain = (functools.partial(f, equation) for f in (_multiplied_flat, _einsum))
+    return jax.lax.platform_dependent(x, weight, cpu=flat, default=plain)
 
 
 def _multiplied_flat(equation: str, x: Array, weight: Array) -> Array:

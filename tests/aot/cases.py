@@ -35,8 +35,9 @@ def copies(program: list[Instruction], shape: tuple[int, ...]) -> list[str]:
 
 
 def kernels_of_a_layer(program: list[Instruction], num_layers: int) -> int:
-    """Kernels that a step launches for each layer: those of the largest computation, which decode's loop repeats; what is
-    there once, around the layers and in sampling, is less than one a layer."""
-    launched = [i for i in program if i.opcode not in ("bitcast", "constant", "get-tuple-element", "parameter", "tuple")]
-    [(_, count)] = collections.Counter(i.computation for i in launched).most_common(1)
-    return count // num_layers
+    """Kernels that a step launches for each layer: those of the computation with most of them, which decode's loop repeats; what
+    is there once, around the layers and in sampling, is less than one a layer."""
+    kernels = collections.Counter(i.computation for i in program if i.opcode in ("fusion", "custom-call"))
+    [(step, _)] = kernels.most_common(1)
+    idle = ("bitcast", "constant", "get-tuple-element", "parameter", "tuple")
+    return sum(i.computation == step and i.opcode not in idle for i in program) // num_layers

@@ -28,17 +28,22 @@ def scores(program: list[Instruction], elements: int) -> list[str]:
     return [str(i) for i in program if any(math.prod(shape) >= elements for _, shape in i.arrays)]
 
 
-@pytest.mark.parametrize(("batch", "attention", "kernels"), [(1, 2, 13), (8, 1, 12)])
-def test_decode_of_7b_copies_no_cache_and_no_weight_in_few_kernels(batch, attention, kernels):
+@pytest.mark.parametrize(
+    ("batch", "quantize", "attention", "products", "kernels"), [(1, "", 2, 4, 6), (1, "int8", 2, 4, 6), (8, "", 1, 0, 12)]
+)
+def test_decode_of_7b_copies_no_cache_and_no_weight_in_few_kernels(batch, quantize, attention, products, kernels):
     """Eight rows occupy the GPU without sharing a row's slots: their attention needs no merge."""
     cfg, length = PRESETS["llama2_7b"], 2048
-    _, report, program = compiled("llama2_7b", "h200", "decode", MeshShape(), batch=batch, length=length)
+    options = dict(batch=batch, length=length, quantize=quantize)
+    _, report, program = compiled("llama2_7b", "h200", "decode", MeshShape(), **options)
     cache = 2 * cfg.num_layers * batch * cfg.num_kv_heads * length * cfg.head_dim * 2
     assert cache <= report.alias_bytes < 1.001 * cache
     assert not copies(program, (batch, cfg.num_kv_heads, length, cfg.head_dim))
     assert not copies(program, (cfg.mlp_dim, cfg.embed_dim)) and not copies(program, (cfg.embed_dim, cfg.embed_dim))
     assert report.temporary_bytes < 32 * 2**20
-    assert sum("decode_attention" in i.op_name for i in program if i.opcode == "custom-call") == attention * cfg.num_layers
+    calls = [i.op_name for i in program if i.opcode == "custom-call"]
+    assert sum("decode_attention" in name for name in calls) == attention * cfg.num_layers
+    assert sum("multiply_row" in name for name in calls) == products * cfg.num_layers + bool(products)
     assert kernels_of_a_layer(program, cfg.num_layers) <= kernels
 
 

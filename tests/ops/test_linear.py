@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.ops import linear
 from llama_jax.ops.linear import lookup, project, project_each
 from llama_jax.ops.qarray import QArray, quantize
 from tests.make_mesh import MESHES, mesh_of, on, products, without_rematerialisation
@@ -49,23 +48,6 @@ def test_a_bfloat16_product_is_rounded_once(equation, jit, precision):
     assert (wide.dtype, narrow.dtype) == (jnp.float32, jnp.bfloat16)
     np.testing.assert_allclose(wide, expected, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(narrow, np.asarray(wide).astype(ml_dtypes.bfloat16))
-
-
-@pytest.mark.parametrize("equation", EQUATIONS)
-def test_a_single_row_is_on_a_gpu_what_it_is_here(equation, monkeypatch):
-    x, weight = draw(2, equation)
-    here = project(equation, x[:1, :1], weight)
-    multiplied = []
-
-    def choose(*args, default, cuda=None, **others):
-        multiplied.append(cuda)
-        return (cuda or default)(*args)
-
-    monkeypatch.setattr(linear.jax.lax, "platform_dependent", choose)
-    np.testing.assert_allclose(project(equation, x[:1, :1], weight), here, rtol=0, atol=1e-5)
-    project(equation, x[:, :1], weight)
-    one, several = multiplied
-    assert one is not None and several is None
 
 
 @pytest.mark.parametrize("precision", ["highest", "default"])

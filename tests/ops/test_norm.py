@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.ops.kernels import norm
 from llama_jax.ops.norm import rms_norm
 from llama_jax.reference.llama import rms_norm as reference
-from tests.make_mesh import equations, mesh_of, on
 
 compiled = jax.jit(rms_norm, static_argnums=2)
 
@@ -60,38 +58,3 @@ def test_the_result_has_the_dtype_of_x_whatever_the_weights(dtype):
     for weight_dtype in (jnp.float32, jnp.bfloat16):
         shape = jax.eval_shape(functools.partial(rms_norm, eps=1e-5), jnp.ones((2, 48), dtype), jnp.ones(48, weight_dtype))
         assert shape.dtype == dtype
-
-
-@pytest.mark.parametrize("width", [48, 4096, 5120])
-@pytest.mark.parametrize("name", [None, "1x1x8"])
-def test_a_gpu_s_kernel_norms_a_row_as_it_is_normed_here(width, name, monkeypatch):
-    """On a mesh, too, where every device has the row."""
-    rng = np.random.default_rng(3)
-    x, weight = (
-        rng.normal(size=(1, 1, width)).astype(ml_dtypes.bfloat16),
-        rng.uniform(0.5, 1.5, width).astype(ml_dtypes.bfloat16),
-    )
-    here = compiled(x, weight, 1e-5)
-    monkeypatch.setattr(norm, "normalise_row", functools.partial(norm.normalise_row, interpret=True))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, **others: cuda(*args))
-    with on(name and mesh_of(name)):
-        ours = jax.jit(lambda x, weight: rms_norm(x, weight, 1e-5, kernels=True))(x, weight)
-    assert ours.dtype == here.dtype and ours.shape == here.shape
-    np.testing.assert_allclose(ours.astype(np.float32), here.astype(np.float32), rtol=2**-7, atol=0)  # two roundings
-    assert np.count_nonzero(ours != here) <= width // 500
-
-
-@pytest.mark.parametrize(
-    "shape, dtype, kernels, has",
-    [
-        ((1, 1, 48), jnp.bfloat16, True, True),
-        ((1, 1, 48), jnp.bfloat16, False, False),
-        ((1, 1, 48), jnp.float32, True, False),
-        ((2, 1, 48), jnp.bfloat16, True, False),
-        ((1, 2, 48), jnp.bfloat16, True, False),
-    ],
-)
-def test_single_rows_in_half_precision_have_a_kernel_where_it_is_allowed(shape, dtype, kernels, has):
-    program = functools.partial(rms_norm, eps=1e-5, kernels=kernels)
-    found = equations(program, jnp.ones(shape, dtype), jnp.ones(48, dtype))
-    assert any(equation.primitive.name == "pallas_call" for equation in found) == has

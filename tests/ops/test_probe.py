@@ -8,7 +8,7 @@ import pytest
 
 from llama_jax.errors import LlamaError
 from llama_jax.ops.attention import attend_causal
-from llama_jax.ops.kernels import decode, flash, probe
+from llama_jax.ops.kernels import decode, flash, gemv, probe
 from llama_jax.ops.kernels.probe import choose_attention
 
 GPU = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100")
@@ -35,6 +35,7 @@ def working_flash(monkeypatch):
 def test_kernels_that_work_have_no_fault(monkeypatch):
     interpret(monkeypatch, flash, "attend_flash")
     interpret(monkeypatch, decode, "rotate_append_attend")
+    interpret(monkeypatch, gemv, "multiply_row")
     with jax.default_matmul_precision("default"):
         assert probe.find_fault.__wrapped__(CPU, 64) == ""
 
@@ -58,6 +59,20 @@ def test_a_decode_kernel_that_computes_something_else_is_found_out(working_flash
         return tuple(results)
 
     monkeypatch.setattr(decode, "rotate_append_attend", wrong)
+    assert said in probe.find_fault.__wrapped__(CPU, 64)
+
+
+@pytest.mark.parametrize("broken, said", [(0, "a row times bfloat16 is wrong by"), (2, "a row times int4 is wrong by")])
+def test_a_product_of_a_row_that_is_something_else_is_found_out(working_flash, monkeypatch, broken, said):
+    interpret(monkeypatch, decode, "rotate_append_attend")
+    right, kinds = functools.partial(gemv.multiply_row, interpret=True), []
+
+    def wrong(x, weights, **options):
+        kinds.append(len(kinds))
+        return (1.1 if kinds[-1] == broken else 1.0) * right(x, weights, **options)
+
+    monkeypatch.setattr(gemv, "multiply_row", wrong)
+    jax.clear_caches()  # what was traced with the right one
     assert said in probe.find_fault.__wrapped__(CPU, 64)
 
 

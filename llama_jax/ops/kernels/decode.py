@@ -67,28 +67,37 @@ def rotate_append_attend(
     Returns:
         [B, N, H] in q's dtype, k_cache, v_cache, and the scales if there are.
     """
-    B, K, S, H = k_cache.shape
-    splits = splits or num_splits(B, K, S)
+    B, K, _, H = k_cache.shape
     caches = (k_cache, v_cache) if k_scale is None else (k_cache, v_cache, k_scale, v_scale)
     # In one array, so that what sums up the products of several projections is one kernel, not one for each.
     new = jnp.concatenate([q.reshape(B, K, -1, H), k[:, :, None], v[:, :, None]], axis=2)
-    out, *caches = _attend(new, cos, sin, positions.astype(jnp.int32), caches, splits, interpret)
+    out, *caches = attend_new(new, cos, sin, positions, caches, splits=splits, interpret=interpret)
     return out.reshape(q.shape), *caches
 
 
 # A model's layers then share one trace.
 @functools.partial(jax.jit, static_argnames=("splits", "interpret"))
-def _attend(
+def attend_new(
     new: Array,
     cos: Array,
     sin: Array,
     positions: Array,
     caches: tuple[Array, ...],
-    splits: int,
-    interpret: bool,
+    *,
+    splits: int | None = None,
+    interpret: bool = False,
 ) -> tuple[Array, ...]:
-    """new: [B, K, G + 2, H], of each key/value head its query heads, its key and its value."""
+    """rotate_append_attend of what is in one array.
+
+    Args:
+        new: [B, K, G + 2, H], of each key/value head its query heads, its key and its value.
+        caches: k_cache, v_cache, and their scales if there are.
+
+    Returns:
+        [B, K, G, H], and the caches.
+    """
     B, K, heads, H = new.shape
+    positions, splits = positions.astype(jnp.int32), splits or num_splits(B, K, caches[0].shape[2])
     group, dtype = heads - 2, new.dtype
     rows = max(SMALLEST_ROWS, pl.next_power_of_2(group))
 
@@ -136,14 +145,6 @@ def _attend_kernel(position_ref: Any, new_ref: Any, *refs: Any, group: int, rows
     keys, k_scale = _round(_rotate(*(new_ref[group, half] for half in halves), cos, sin), bool(scale_refs))
     (value,), v_scale = _round([new_ref[group + 1, :]], bool(scale_refs))
 
-    @pl.when(i == 0)
-    def _() -> None:
-        for half, key in zip(halves, keys, strict=True):
-            written[0][position, half] = key.astype(k_slots.dtype)
-        written[1][position, :] = value.astype(v_slots.dtype)
-        for ref, scale in zip(written[2:], (k_scale, v_scale), strict=False):
-            ref[position] = scale
-
     in_base_2 = H**-0.5 * math.log2(math.e)
     products = (jnp.sum(part.astype(jnp.float32) * key[None, :], axis=1) for part, key in zip(q, keys, strict=True))
     first = i == 0
@@ -177,6 +178,14 @@ def _attend_kernel(position_ref: Any, new_ref: Any, *refs: Any, group: int, rows
         for ref, sums in zip(outputs[1:], (highest, total), strict=True):
             _store(ref, sums, jnp.arange(rows) < group)
     _store(outputs[0], out.astype(outputs[0].dtype), jax.lax.broadcasted_iota(jnp.int32, (rows, H), 0) < group)
+
+    @pl.when(i == 0)
+    def _() -> None:
+        for half, key in zip(halves, keys, strict=True):
+            written[0][position, half] = key.astype(k_slots.dtype)
+        written[1][position, :] = value.astype(v_slots.dtype)
+        for ref, scale in zip(written[2:], (k_scale, v_scale), strict=False):
+            ref[position] = scale
 
 
 def _merge(out: Array, highest: Array, total: Array, dtype: jnp.dtype, interpret: bool) -> Array:

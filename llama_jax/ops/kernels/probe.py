@@ -1,7 +1,8 @@
-"""Whether the attention kernels work on a GPU, with its driver and this jax: found by running them."""
+"""Whether the kernels work on a GPU, with its driver and this jax: found by running them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,15 @@ from jax import Array
 
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.ops.attention import attend, attend_causal
-from llama_jax.ops.kernels import decode, flash
+from llama_jax.ops.kernels import decode, flash, gemv
+from llama_jax.ops.linear import project_each
+from llama_jax.ops.norm import rms_norm
+from llama_jax.ops.qarray import QArray, quantize
 from llama_jax.ops.rope import rotate
 
 ATTENTION = ("auto", "kernel", "plain")
 LENGTH, HEADS, KV_HEADS = 256, 4, 2
+ROWS, INPUTS, EPS = 128, 384, 1e-5  # of weights that a row is multiplied with
 LARGEST_ERROR = 0.02  # of a result's largest value; bfloat16 rounds to 0.004 of a number
 
 
@@ -37,8 +42,8 @@ def choose_attention(wanted: str, device: jax.Device, head_dim: int, note: Calla
     fault = find_fault(device, head_dim)
     if fault:
         note(
-            f"warning: the attention kernel does not work on this {device.device_kind} ({fault}): attention is computed "
-            "without it, slower, and with memory for every pair of tokens"
+            f"warning: a kernel does not work on this {device.device_kind} ({fault}): the model runs without kernels, slower, "
+            "and its attention takes memory for every pair of tokens"
         )
     return not fault
 
@@ -72,9 +77,23 @@ def find_fault(device: jax.Device, head_dim: int) -> str:
         *cache,
         segments[:, 0] + 99,
     )
-    return fault or _difference(
+    fault = fault or _difference(
         decode.rotate_append_attend, _attend_token, token, ("a token's out", "its cached key", "its cached value")
     )
+    row, weights = draw(INPUTS), [draw(ROWS, INPUTS) for _ in range(2)]
+    kinds = [weights, *([quantize(weight, 1, method) for weight in weights] for method in ("int8", "int4"))]
+    names = tuple(f"a row times {kind}" for kind in ("bfloat16", "int8", "int4"))
+    return fault or _difference(_multiply_rows, _multiply_rows_plainly, (row, row, kinds), names)
+
+
+def _multiply_rows(x: Array, norm: Array, kinds: Sequence[Sequence[Array | QArray]]) -> list[Array]:
+    return [gemv.multiply_row(x, weights, norm=norm, eps=EPS, gated=True)[0] for weights in kinds]
+
+
+def _multiply_rows_plainly(x: Array, norm: Array, kinds: Sequence[Sequence[Array | QArray]]) -> list[Array]:
+    x = rms_norm(x, norm, EPS)[None, None]
+    sums = (project_each(("BTD,FD->BTF",) * 2, x, weights) for weights in kinds)
+    return [(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up)[0, 0] for gate, up in sums]
 
 
 def _attend_token(
@@ -86,7 +105,7 @@ def _attend_token(
     return attend(q, k_cache, v_cache, (jnp.arange(LENGTH) <= positions)[None, None])[:, 0], k_cache, v_cache
 
 
-def _difference(by_kernel: Callable, plain: Callable, inputs: tuple[Array, ...], names: tuple[str, ...]) -> str:
+def _difference(by_kernel: Callable, plain: Callable, inputs: tuple[Any, ...], names: tuple[str, ...]) -> str:
     try:
         results = [np.asarray(a, np.float32) for a in jax.jit(by_kernel)(*inputs)]
     except Exception as error:  # a compiler's, a driver's or jax's own

@@ -1,0 +1,73 @@
+"""A single token through the model by a GPU's kernels, six a layer: weights are read once, and whatever is launched between two
+adds to that time. The numbers are the plain layer's (llama_jax.model.block) but for the order of sums, and for norms, which are
+not rounded before weights are multiplied with them."""
+
+import math
+
+import jax.numpy as jnp
+from jax import Array
+
+from llama_jax.config import ModelConfig
+from llama_jax.model.cache import LayerCache
+from llama_jax.model.params import Params
+from llama_jax.ops.attention import cache_arrays, multiplies_cache, of_arrays
+from llama_jax.ops.kernels.decode import HEAD_DIMS, attend_new
+from llama_jax.ops.kernels.decode import supports as supports_cache
+from llama_jax.ops.kernels.gemv import multiply_row
+from llama_jax.ops.kernels.gemv import supports as supports_weights
+from llama_jax.ops.qarray import QArray
+from llama_jax.sharding import is_partitioned
+
+PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def supports_layer(layer: Params, x: Array, cache: LayerCache | None) -> bool:
+    """Whether there are kernels for it: x [1, 1, D] and not float32, on one device."""
+    if cache is None or not _is_one_row(x) or not multiplies_cache(x, cache.k) or cache.k.shape[0] != 1:
+        return False
+    _, K, S, H = cache.k.shape
+    if not supports_cache(S, H):
+        return False
+    return all(
+        supports_weights([_matrix(layer[name], 2 if name == "o_proj" else 1) for name in names], x.dtype, groups)
+        for names, groups in zip(PRODUCTS, (K, 1, 1, 1), strict=True)
+    )
+
+
+def supports_head(cfg: ModelConfig, head: Array | QArray, x: Array) -> bool:
+    """Whether there is a kernel for the head of this x, in a model whose layers may have some."""
+    return cfg.head_dim in HEAD_DIMS and _is_one_row(x) and supports_weights([head], x.dtype)
+
+
+def token_layer(
+    cfg: ModelConfig, layer: Params, x: Array, positions: Array, cos: Array, sin: Array, cache: LayerCache
+) -> tuple[Array, LayerCache]:
+    """What Block returns, of x [1, 1, D]."""
+    row, eps, K = x.reshape(-1), cfg.norm_eps, cache.k.shape[1]
+    qkv, (o,), mlp, (down,) = ([_matrix(layer[name], 2 if name == "o_proj" else 1) for name in names] for names in PRODUCTS)
+    new = multiply_row(row, qkv, groups=K, norm=layer["attn_norm"], eps=eps)
+    new = new.reshape(1, K, -1, cfg.head_dim)
+    y, *written = attend_new(new, cos[:, 0], sin[:, 0], positions[:, 0], cache_arrays(*cache))
+    row = multiply_row(y.reshape(-1), [o], residual=row)[0]
+    y = multiply_row(row, mlp, norm=layer["mlp_norm"], eps=eps, gated=True)[0]
+    return multiply_row(y, [down], residual=row).reshape(x.shape), LayerCache(*of_arrays(written))
+
+
+def token_logits(cfg: ModelConfig, norm: Array, head: Array | QArray, x: Array) -> Array:
+    """[1, 1, D] before the final norm -> [1, 1, V'] float32."""
+    return multiply_row(x.reshape(-1), [head], norm=norm, eps=cfg.norm_eps, dtype=jnp.float32)[None]
+
+
+def _is_one_row(x: Array) -> bool:
+    return x.shape[:2] == (1, 1) and x.dtype != jnp.float32 and not is_partitioned()
+
+
+def _matrix(weight: Array | QArray, num_inputs: int) -> Array | QArray:
+    """[out..., in...] -> [O, I]."""
+    if not isinstance(weight, QArray):
+        return _flat(weight, num_inputs)
+    return weight._replace(value=_flat(weight.value, num_inputs), scale=weight.scale.reshape(-1, weight.scale.shape[-1]))
+
+
+def _flat(weight: Array, num_inputs: int) -> Array:
+    return weight.reshape(-1, math.prod(weight.shape[weight.ndim - num_inputs :]))

@@ -35,7 +35,7 @@ def copies(program: list[Instruction], shape: tuple[int, ...]) -> list[str]:
 
 
 def kernels_of_a_layer(program: list[Instruction], num_layers: int) -> int:
-    """Kernels that a step launches for each layer: those of the computation with most of them, which decode's loop repeats; what
+    """Kernels that a step launches for each layer: those of the computation that has most, which decode's loop repeats; what
     is there once, around the layers and in sampling, is less than one a layer."""
     kernels = collections.Counter(i.computation for i in program if i.opcode in ("fusion", "custom-call"))
     [(step, _)] = kernels.most_common(1)

@@ -52,6 +52,9 @@ def penalise(logits: Array, history: History, sampling: Sampling) -> Array:
 def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:
     """Draws a token per row: temperature, then top-k, then top-p, then min-p, each over what the one before left.
 
+    A draw is the largest of logits plus noise (Gumbel 1954), and the noise is a token's own, wherever it ranks: from one key
+    nearly the same probabilities nearly always draw the same token.
+
     Args:
         logits: [B, V] float32.
         keys: [B] PRNG keys, used once.
@@ -66,7 +69,9 @@ def sample(logits: Array, keys: Array, sampling: Sampling) -> Array:
         scaled = shifted / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
         order = jnp.argsort(-scaled, axis=-1, stable=True)
         ranked = jnp.take_along_axis(scaled, order, axis=-1)
-        rank = jax.vmap(jax.random.categorical)(keys, jnp.where(keep(ranked, sampling), ranked, -jnp.inf))
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+        noise = jnp.take_along_axis(noise, order, axis=-1)
+        rank = jnp.argmax(jnp.where(keep(ranked, sampling), ranked + noise, -jnp.inf), axis=-1)
         token = jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, token, greedy)
 

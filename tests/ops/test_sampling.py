@@ -172,6 +172,18 @@ def test_a_token_of_minus_infinity_is_never_drawn():
     assert set(ours) == set(range(1, V, 3))
 
 
+@given(st.integers(0, 2**32))
+def test_a_key_draws_the_same_token_from_nearly_the_same_logits(seed):
+    """Whatever changes places in their order: half of the tokens are as likely as another one, to the last bits."""
+    rng = np.random.default_rng(seed)
+    logits = np.repeat(rng.normal(size=(300, V // 2)), 2, axis=1).astype(np.float32)
+    change = 1e-6 * rng.normal(size=logits.shape).astype(np.float32)
+    for row in (dict(temperature=1.0), dict(temperature=0.7), dict(temperature=1.3, min_p=0.02)):
+        rows = settings(*[row] * 300)
+        ours, others = (np.asarray(sampled(x, keys(seed, 300), rows)) for x in (logits, logits + change))
+        assert (ours != others).sum() <= 2
+
+
 MIXED = [
     dict(temperature=1.0),
     dict(temperature=0.6, top_p=0.9),  # Meta's defaults

@@ -264,7 +264,7 @@ def _whole_states(
     def read(cache: KVCache, part: tuple[Array, Array]) -> tuple[KVCache, Array]:
         tokens, start = part
         positions = jnp.broadcast_to(start + jnp.arange(size), (B, size))
-        return hidden_states(cfg, params, tokens, positions, cache, rope_length)[::-1]
+        return hidden_states(cfg, params, tokens, positions, cache, rope_length, kernels=kernels)[::-1]
 
     cache = empty_cache(cfg, (B, len(starts) * size), params["embedding"].dtype, cache_dtype)
     _, x = jax.lax.scan(read, cache, (parts.swapaxes(0, 1), starts))  # [slices, B, size, D]

@@ -10,6 +10,7 @@ from jax import Array
 from llama_jax.config import ModelConfig
 from llama_jax.model.cache import LayerCache
 from llama_jax.model.params import Params
+from llama_jax.model.quantize import NUM_INPUTS
 from llama_jax.ops.attention import cache_arrays, multiplies_cache, of_arrays
 from llama_jax.ops.kernels.decode import HEAD_DIMS, attend_new
 from llama_jax.ops.kernels.decode import supports as supports_cache
@@ -28,10 +29,7 @@ def supports_layer(layer: Params, x: Array, cache: LayerCache | None) -> bool:
     _, K, S, H = cache.k.shape
     if not supports_cache(S, H):
         return False
-    return all(
-        supports_weights([_matrix(layer[name], 2 if name == "o_proj" else 1) for name in names], x.dtype, groups)
-        for names, groups in zip(PRODUCTS, (K, 1, 1, 1), strict=True)
-    )
+    return all(supports_weights(weights, x.dtype, n) for weights, n in zip(_matrices(layer), (K, 1, 1, 1), strict=True))
 
 
 def supports_head(cfg: ModelConfig, head: Array | QArray, x: Array) -> bool:
@@ -44,7 +42,7 @@ def token_layer(
 ) -> tuple[Array, LayerCache]:
     """What Block returns, of x [1, 1, D]."""
     row, eps, K = x.reshape(-1), cfg.norm_eps, cache.k.shape[1]
-    qkv, (o,), mlp, (down,) = ([_matrix(layer[name], 2 if name == "o_proj" else 1) for name in names] for names in PRODUCTS)
+    qkv, (o,), mlp, (down,) = _matrices(layer)
     new = multiply_row(row, qkv, groups=K, norm=layer["attn_norm"], eps=eps)
     new = new.reshape(1, K, -1, cfg.head_dim)
     y, *written = attend_new(new, cos[:, 0], sin[:, 0], positions[:, 0], cache_arrays(*cache))
@@ -62,8 +60,12 @@ def _is_one_row(x: Array) -> bool:
     return x.shape[:2] == (1, 1) and x.dtype != jnp.float32 and not is_partitioned()
 
 
+def _matrices(layer: Params) -> list[list[Array | QArray]]:
+    """The weights of each of PRODUCTS, [O, I]."""
+    return [[_matrix(layer[name], NUM_INPUTS[name]) for name in names] for names in PRODUCTS]
+
+
 def _matrix(weight: Array | QArray, num_inputs: int) -> Array | QArray:
-    """[out..., in...] -> [O, I]."""
     if not isinstance(weight, QArray):
         return _flat(weight, num_inputs)
     return weight._replace(value=_flat(weight.value, num_inputs), scale=weight.scale.reshape(-1, weight.scale.shape[-1]))

@@ -1,5 +1,4 @@
-"""Numbers read as 32-bit words inside a GPU's kernel, several to a word, and made float32 without the instruction for it, which
-is a fourth as fast as others there."""
+"""Numbers read as 32-bit words inside a GPU's kernel, several to a word, and made float32 by their bits, not by a conversion."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Numbers read as 32-bit words inside a GPU's kernel, several to a word, and made float32 by their bits, not by a conversion."""
+"""Numbers read as 32-bit words inside a GPU's kernel, several to a word, and made float32 by their bits, without converting."""
 
 from collections.abc import Sequence
 from typing import Any

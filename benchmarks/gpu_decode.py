@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import bench as config
-from infer import bench
+from infer import measure as bench
 from llama_jax.config import PRESETS, ModelConfig
 from llama_jax.generation import programs
 from llama_jax.generation.request import Row, to_controls

@@ -25,8 +25,8 @@ from llama_jax.checkpoint.huggingface_writer import write_huggingface as write_s
 from llama_jax.checkpoint.layout import META, flat_shape, leaf_of, names, shapes
 from llama_jax.checkpoint.save import ARRAY_BYTES, REPLACED, ROOM_BYTES, UNFINISHED
 from llama_jax.checkpoint.store import MANIFEST, Checkpoint, to_tree
+from llama_jax.commands.convert import convert
 from llama_jax.config import ModelConfig
-from llama_jax.convert import convert
 from llama_jax.errors import ExitCode, LlamaError, run_command
 from llama_jax.text.tokenizer import load_tokenizer
 from tests.checkpoint.make import (
@@ -639,7 +639,7 @@ LARGE = ModelConfig(
 MEASURED = """
 import sys
 import llama_jax.checkpoint.save
-from llama_jax.convert import convert
+from llama_jax.commands.convert import convert
 
 print(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1], flush=True)
 convert(sys.argv[1], sys.argv[2], max_length=8192)

@@ -16,11 +16,11 @@ from llama_jax.checkpoint.huggingface_writer import write_safetensors
 from llama_jax.checkpoint.layout import HUGGING_FACE
 from llama_jax.checkpoint.source import open_source
 from llama_jax.checkpoint.store import Checkpoint, to_tree
+from llama_jax.commands.convert import convert
+from llama_jax.commands.export import export
 from llama_jax.config import PRESETS
 from llama_jax.config_files import from_huggingface, to_huggingface
-from llama_jax.convert import convert
 from llama_jax.errors import ExitCode, LlamaError, run_command
-from llama_jax.export import export
 from llama_jax.model import forward
 from llama_jax.text.tokenizer import load_tokenizer
 from tests.checkpoint.make import meta_tiny, random_params, to_flat, write_meta
@@ -257,7 +257,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(command, "_write_generation_config", fail)
+    monkeypatch.setattr("llama_jax.commands.export._write_generation_config", fail)
     with pytest.raises(type(error)):
         export(checkpoint, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

@@ -12,8 +12,9 @@ from llama_jax import export as command
 from llama_jax.checkpoint.peft import read_peft
 from llama_jax.checkpoint.source import open_source
 from llama_jax.checkpoint.store import to_tree
+from llama_jax.commands.export import export, export_adapter
 from llama_jax.errors import ExitCode, run_command
-from llama_jax.export import export
+from llama_jax.generation.load import open_weights
 from llama_jax.model import LoraConfig, forward
 from tests.checkpoint.make import random_params, write_huggingface
 from tests.checkpoint.test_adapter import CFG, DORA, LORA, merged, random_adapter, save_lora
@@ -83,7 +84,7 @@ def test_peft_computes_the_same_logits(tmp_path, lora):
     params = random_params(CFG, 5)
     base = save(tmp_path / "base", CFG, params)
     export(base, tmp_path / "hf")
-    command.export_adapter(save_lora(tmp_path / "lora", base, lora), tmp_path / "peft", str(tmp_path / "hf"))
+    export_adapter(save_lora(tmp_path / "lora", base, lora), tmp_path / "peft", str(tmp_path / "hf"))
     tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (2, 24)).astype(np.int32)
 
     def theirs(model) -> np.ndarray:
@@ -109,6 +110,6 @@ def test_peft_computes_the_same_logits(tmp_path, lora):
     model.save_pretrained(tmp_path / "made by peft")
     made = read_peft(tmp_path / "made by peft", CFG)
     assert (made.lora.rank, made.lora.alpha, made.lora.targets) == (3, 5, lora.targets)
-    opened = command.open_weights(tmp_path / "base", tmp_path / "made by peft").arrays()
+    opened = open_weights(tmp_path / "base", tmp_path / "made by peft").arrays()
     adapted = to_tree({name: opened.read(name) for name in params})
     np.testing.assert_allclose(theirs(model.eval()), forward_jit(CFG, adapted, tokens), atol=1e-4, rtol=0)

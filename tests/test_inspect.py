@@ -10,10 +10,10 @@ from etils import epath
 
 from llama_jax import inspect as command
 from llama_jax.checkpoint.store import Checkpoint
+from llama_jax.commands.convert import convert
+from llama_jax.commands.inspect import describe
 from llama_jax.config import PRESETS
-from llama_jax.convert import convert
 from llama_jax.errors import ExitCode, run_command
-from llama_jax.inspect import describe
 from llama_jax.text.tokenizer import load_tokenizer
 from tests.checkpoint.make import meta_tiny, random_params, write_meta
 from tests.text.make import small_sentencepiece

@@ -18,13 +18,13 @@ from llama_jax import verify as verify_command
 from llama_jax.checkpoint.adapter import reader
 from llama_jax.checkpoint.source import open_source
 from llama_jax.checkpoint.store import MANIFEST, Checkpoint
-from llama_jax.convert import convert
+from llama_jax.commands.convert import convert
+from llama_jax.commands.export import export
+from llama_jax.commands.inspect import describe
+from llama_jax.commands.quantize import quantize
 from llama_jax.errors import ExitCode, LlamaError, run_command
-from llama_jax.export import export
 from llama_jax.generation.load import open_weights
-from llama_jax.inspect import describe
 from llama_jax.ops.qarray import METHODS
-from llama_jax.quantize import quantize
 from tests.checkpoint.make import meta_tiny, random_params, write_huggingface, write_meta
 from tests.checkpoint.test_adapter import CFG as ADAPTED
 from tests.checkpoint.test_adapter import DORA, LORA, save_lora

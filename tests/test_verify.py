@@ -13,10 +13,10 @@ import pytest
 from llama_jax import verify as command
 from llama_jax.checkpoint.source import open_source
 from llama_jax.checkpoint.store import Checkpoint
-from llama_jax.convert import convert
+from llama_jax.commands.convert import convert
+from llama_jax.commands.verify import Report, verify
 from llama_jax.errors import ExitCode, run_command
 from llama_jax.model.block import Block
-from llama_jax.verify import Report, verify
 from tests.checkpoint.make import Params, meta_tiny, random_params, write_huggingface, write_llama2c, write_meta
 from tests.checkpoint.test_save import save
 

@@ -16,15 +16,16 @@ from etils import epath
 
 from llama_jax import distributed, program
 from llama_jax.errors import ExitCode, LlamaError
-from llama_jax.generation.load import keep_compiled_programs
-from train.loop import run_recipe
-from train.recipe import read_recipe
 
 CONFIG = program.define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "directory of the run; all processes see it")
 
 
 def main() -> None:
+    from llama_jax.generation.load import keep_compiled_programs
+    from train.loop import run_recipe
+    from train.recipe import read_recipe
+
     recipe, workdir = read_recipe(CONFIG.value), distributed.broadcast(WORKDIR.value)
     if not workdir:
         raise LlamaError(ExitCode.BAD_REQUEST, "no --workdir=DIR: where checkpoints and metrics go")

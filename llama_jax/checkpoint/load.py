@@ -19,11 +19,12 @@ from llama_jax.checkpoint.adapter import Stored, reader
 from llama_jax.checkpoint.layout import META, Source, leaf_of, names, shapes
 from llama_jax.checkpoint.quantized import QuantizedReader, check_method, named_parts, quantized_form
 from llama_jax.checkpoint.store import Checkpoint, stored_names, to_flat, to_tree
+from llama_jax.choices import METHODS
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.mesh import padded_vocab
 from llama_jax.model import Params, param_axes, quantize_axes, quantize_leaf
-from llama_jax.ops.qarray import METHODS, QArray
+from llama_jax.ops.qarray import QArray
 from llama_jax.sharding import sharding
 
 THREADS = 4

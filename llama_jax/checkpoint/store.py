@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from llama_jax.choices import METHODS, STORED_DTYPES
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
-from llama_jax.ops.qarray import METHODS
 from llama_jax.sharding import RULES
 
 FORMAT, VERSION = "llama_jax checkpoint", 1
@@ -26,7 +26,7 @@ QUANTIZED_VERSION = 2  # of quantised weights only, which those who read version
 MANIFEST = "checkpoint.json"
 STEPS = "checkpoints"
 ADAPTER = "adapter"
-DTYPES = {name: np.dtype(getattr(ml_dtypes, name, None) or name) for name in ("bfloat16", "float16", "float32", "float64")}
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, None) or name) for name in STORED_DTYPES}
 MIN_CHUNK_BYTES = 256 * 2**10
 PIECES = 8
 

@@ -46,7 +46,7 @@ class Llama:
         mesh: what params lie on; None for one device.
         kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
         guesses: how several tokens a step are made (llama_jax.generation.speculation); None for one.
-        cache_dtype: of keys and values, one of llama_jax.model.CACHE_DTYPES; score and logits read rounded ones, as decoding.
+        cache_dtype: of keys and values, one of llama_jax.choices.CACHE_DTYPES; score and logits read rounded ones, as decoding.
     """
 
     def __init__(

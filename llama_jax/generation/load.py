@@ -16,21 +16,19 @@ from llama_jax.checkpoint.peft import is_peft, read_peft
 from llama_jax.checkpoint.quantized import check_method, stored_method
 from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
+from llama_jax.choices import CACHE_DTYPES, COMPUTE_DTYPES, METHODS
 from llama_jax.config import ModelConfig
 from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.draft import LOOKUP, check_draft, check_same_tokens, draft_model, lookup
 from llama_jax.generation.llama import Llama
 from llama_jax.mesh import MeshShape, resolve_mesh
-from llama_jax.model import CACHE_DTYPES
 from llama_jax.ops.kernels.probe import choose_attention
-from llama_jax.ops.qarray import METHODS
 from llama_jax.sharding import make_mesh
 from llama_jax.text.chat import chat_format_of
 from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
 
 CACHE_DIR = "~/.cache/llama_jax"
-COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def load(

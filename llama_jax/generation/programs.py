@@ -51,7 +51,7 @@ def prefill(
         cache_length: S of the state's cache, at least T.
         num_top: alternatives to report per token.
         kernels: whether attention may use the platform's kernel.
-        cache_dtype: one of llama_jax.model.CACHE_DTYPES.
+        cache_dtype: one of llama_jax.choices.CACHE_DTYPES.
 
     Returns:
         The state, and the first token of every row ([B, 1]).

@@ -40,7 +40,7 @@ class Reader:
         max_length: tokens a sequence may have, prompt and answer together.
         mesh: what the parameters lie on; None for one device.
         kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
-        cache_dtype: of keys and values, one of llama_jax.model.CACHE_DTYPES.
+        cache_dtype: of keys and values, one of llama_jax.choices.CACHE_DTYPES.
         chunk: tokens of each prompt that are read at once.
         most_slots: of a cache that holds max_length tokens.
     """

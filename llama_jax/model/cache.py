@@ -22,7 +22,6 @@ from llama_jax.sharding import constrain, mesh_axis_size, per_device
 
 CACHE_AXES = ("batch", "kv_heads", "cache_length", "head_dim")  # scales have the first three
 NEW_AXES = ("batch", "length", "kv_heads", "head_dim")
-CACHE_DTYPES = ("auto", "int8")  # auto: the compute dtype
 
 
 class LayerCache(NamedTuple):
@@ -90,7 +89,7 @@ def grow_cache(cache: KVCache, length: int) -> KVCache:
 
 
 def round_cache(cache: KVCache, cache_dtype: str) -> KVCache:
-    """A float cache in one of CACHE_DTYPES."""
+    """A float cache in one of llama_jax.choices.CACHE_DTYPES."""
     if cache_dtype == "auto":
         return cache
     return [LayerCache(quantize_vectors(layer.k), quantize_vectors(layer.v)) for layer in cache]
@@ -102,7 +101,7 @@ def empty_cache(cfg: ModelConfig, shape: tuple[int, int], dtype: DTypeLike, cach
     Args:
         shape: B, S.
         dtype: of the computation.
-        cache_dtype: one of CACHE_DTYPES.
+        cache_dtype: one of llama_jax.choices.CACHE_DTYPES.
     """
     heads = cache_heads(cfg.num_kv_heads, mesh_axis_size("tensor"))
     slots = (shape[0], heads, shape[1], cfg.head_dim)

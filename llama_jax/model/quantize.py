@@ -11,7 +11,7 @@ NUM_INPUTS = {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 2, "gate_proj": 1
 
 
 def quantize_params(params: Params, method: str = "int8") -> dict[str, Any]:
-    """Arrays -> QArrays; method: a key of llama_jax.ops.qarray.METHODS."""
+    """Arrays -> QArrays; method: a key of llama_jax.choices.METHODS."""
     return _map_named(params, lambda name, weight: quantize_leaf(name, weight, method))
 
 

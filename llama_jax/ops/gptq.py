@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from llama_jax.ops.qarray import GROUP, METHODS, QArray, levels, num_groups, scale_of
+from llama_jax.choices import METHODS
+from llama_jax.ops.qarray import GROUP, QArray, levels, num_groups, scale_of
 
 DAMPING = 0.01  # of the mean of the diagonal, added to the diagonal (section 3.3, step 3)
 METHODS_FOR = ("int8", "int4")
@@ -43,7 +44,7 @@ def quantize_for(weight: Array, gram: Array, num_inputs: int, method: str) -> QA
         value = jax.lax.dynamic_update_slice_in_dim(value, steps.astype(value.dtype), b * size, axis=1)
         return w, value, jax.lax.dynamic_update_slice_in_dim(scale, own, b if groups > 1 else 0, axis=1)
 
-    state = (w, jnp.zeros(w.shape, METHODS[method][0]), jnp.zeros((w.shape[0], groups), whole.dtype))
+    state = (w, jnp.zeros(w.shape, jnp.dtype(METHODS[method][0])), jnp.zeros((w.shape[0], groups), whole.dtype))
     _, value, scale = jax.lax.fori_loop(0, inputs // size, block, state)
     return QArray(value.reshape(weight.shape), scale.reshape(*outputs, groups))
 

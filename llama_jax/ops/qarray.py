@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from llama_jax.choices import METHODS
+
 GROUP = 128  # inputs that share a scale, of int4; the greatest common divisor where 128 does not divide them
-METHODS = {"int8": (jnp.int8, 127.0), "w8a8": (jnp.int8, 127.0), "int4": (jnp.int4, 7.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
 
 
 class QArray(NamedTuple):
@@ -42,13 +43,13 @@ def quantize(weight: Array, num_inputs: int, method: str = "int8") -> QArray:
 
     Args:
         num_inputs: how many of the last axes are inputs.
-        method: a key of METHODS.
+        method: a key of llama_jax.choices.METHODS.
     """
     outputs, inputs = _split(weight.shape, num_inputs)
     w = weight.astype(jnp.float32).reshape(*outputs, num_groups(math.prod(inputs), method), -1)
     scale = scale_of(w, method)
     kind = W8A8Array if method == "w8a8" else QArray
-    return kind(levels(w, scale, method).astype(METHODS[method][0]).reshape(weight.shape), scale[..., 0])
+    return kind(levels(w, scale, method).astype(jnp.dtype(METHODS[method][0])).reshape(weight.shape), scale[..., 0])
 
 
 def num_groups(inputs: int, method: str) -> int:

@@ -11,11 +11,12 @@ import dataclasses
 import json
 from typing import Any
 
+from llama_jax.choices import CACHE_DTYPES
 from llama_jax.errors import ExitCode, LlamaError, run_command
 from llama_jax.plan.chips import GIB
 from llama_jax.plan.rank import cheapest_changes, largest_batch, plans
 from llama_jax.plan.report import Report, as_json, as_text
-from llama_jax.plan.request import CACHE_DTYPES, DTYPES, OPTIMIZERS, REMAT, TASKS, PlanRequest, make_request
+from llama_jax.plan.request import DTYPES, OPTIMIZERS, REMAT, TASKS, PlanRequest, make_request
 
 MESH_FLAGS = ("data", "fsdp", "tensor", "dcn_data")
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 
+from llama_jax.choices import CACHE_DTYPES
 from llama_jax.config import PRESETS, ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.mesh import MeshShape, resolve_mesh
@@ -11,7 +12,6 @@ from llama_jax.plan.topology import Topology, parse_topology
 
 TASKS = ("train", "decode", "prefill")
 DTYPES = {"bfloat16": 2, "float32": 4}  # bytes
-CACHE_DTYPES = ("auto", "int8")  # llama_jax.model.CACHE_DTYPES
 OPTIMIZERS = ("adamw", "lion", "sgd")  # of llama_jax.training.optimizer.OPTIMIZERS, those that update in place
 REMAT = ("none", "projections", "full")  # of llama_jax.model.stack.REMAT_POLICIES, those that stay on the device
 

@@ -13,8 +13,8 @@ from bundled.choices import Choices
 from bundled.measure import held_out_stories
 from bundled.stories import story
 from configs.sample import BUNDLED
+from llama_jax.commands.quantize import quantize
 from llama_jax.ops.gptq import METHODS_FOR
-from llama_jax.quantize import quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {name: dict(quantize=name) for name in ("int8", "w8a8", "fp8", "int4")} | {"int8 cache": dict(cache_dtype="int8")}

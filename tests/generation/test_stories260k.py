@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import llama_jax
-from llama_jax.convert import convert
+from llama_jax.commands.convert import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW = 200

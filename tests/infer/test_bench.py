@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs.bench import get_config
-from infer import bench, bench_report
+from infer import bench_report
+from infer import measure as bench
 from infer.floors import Floors, measure_floors
 from llama_jax.config import PRESETS
 from llama_jax.errors import ExitCode, LlamaError

@@ -11,10 +11,10 @@ import llama_jax
 from configs import lora, pretrain, qlora, sft, train_bench
 from llama_jax.checkpoint.adapter import stored_adapter
 from llama_jax.checkpoint.store import Checkpoint
+from llama_jax.commands.quantize import quantize
 from llama_jax.config import PRESETS
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model.lora import LoraConfig
-from llama_jax.quantize import quantize
 from llama_jax.training.optimizer import OptimizerConfig
 from tests.train.make import (
     MODEL,

@@ -13,8 +13,9 @@ sample: $(VENV)/core
 chat: $(VENV)/core
 	@$(BIN)/python -m infer.chat --config=configs/chat.py
 
+# Most of its time would be LLVM's: what is tested is what is computed, and `make test-fast` in .ci/run compiles as users do.
 test: lint $(VENV)/dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10 -m "not aot" $(ARGS)
+	JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10 -m "not aot" $(ARGS)
 
 # Without the tests that take more than 20 s.
 test-fast: $(VENV)/dev

@@ -39,11 +39,11 @@ class Process:
 class Processes:
     """`with Processes([[script, "0"], [script, "1"]]) as processes`: starts them, and kills what is left at the end."""
 
-    def __init__(self, arguments: Sequence[Sequence[str]], *, env: Mapping[str, str] | None = None):
+    def __init__(self, arguments: Sequence[Sequence[str]], *, devices: int = DEVICES, env: Mapping[str, str] | None = None):
         self.environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "SLURM_", "OMPI_"))},
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             **(env or {}),

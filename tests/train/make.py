@@ -66,7 +66,7 @@ def command(workdir: Path, name: str = "pretrain", preset: str = "tiny", **setti
 
 def environment(cache: Path) -> dict[str, str]:
     """Of a process whose programs are compiled once for all of a test's."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
 
 
 def start(arguments: list[str], cache: Path) -> subprocess.Popen:

@@ -166,7 +166,7 @@ def test_a_run_goes_on_in_another_form(settings, whole, middle, changes, devices
 def test_a_run_goes_on_in_two_processes(settings, whole, middle):
     arguments, port = command(middle, **settings)[1:], free_port()
     job = [[*arguments, f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"] for i in range(2)]
-    with Processes(job, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}) as processes:
+    with Processes(job, devices=1) as processes:
         assert processes.wait(240) == [0, 0], processes[0].stderr + processes[1].stderr
         assert "going on" in processes[0].stderr and processes[1].stderr.count("step ") == 0
     assert_the_same(middle, whole)

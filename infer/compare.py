@@ -83,6 +83,7 @@ class Comparison(NamedTuple):
         forks: of each pair; None where both are equal.
         settings: of the sampled ones.
         texts: (name, tokens) of what the divergence is measured on.
+        texts_of_a: whether these are a's samples.
     """
 
     facts: list[dict[str, Any]]
@@ -90,6 +91,7 @@ class Comparison(NamedTuple):
     forks: list[Fork | None]
     settings: Settings
     texts: list[tuple[str, list[int]]]
+    texts_of_a: bool
     divergence: Divergence
 
 
@@ -129,7 +131,8 @@ def compare(
     with StoredLogits(llama.config.vocab_size) as stored:
         facts, samples = [describe(*sides[0], llama)], _samples(llama, starts, settings)
         places = [stored.append(_answer_logits(llama, sample)) for sample in samples]
-        rows = _cut(rows or [(f"{one.kind} sample of a", [*one.prompt, *one.tokens]) for one in samples], config.max_tokens)
+        own = [(f"{one.kind} text {i // 2 + 1} of a", [*one.prompt, *one.tokens]) for i, one in enumerate(samples)]
+        rows = _cut(rows or own, config.max_tokens)
         begin = stored.count
         for block in predictions(llama, [row for _, row in rows], window, stride):
             stored.append(block)
@@ -142,7 +145,7 @@ def compare(
         targets = [token for _, row in rows for token in row[1:]]
         second = predictions(llama, [row for _, row in rows], window, stride)
         divergence = measure(stored, begin, second, targets, NUM_LARGEST)
-        return Comparison(facts, pairs, forks, settings, rows, divergence)
+        return Comparison(facts, pairs, forks, settings, rows, not texts, divergence)
 
 
 def fork(llama: Llama, stored: StoredLogits, place: int, ends: list[int], a: Sample, b: Sample) -> Fork | None:

@@ -75,7 +75,8 @@ def page(comparison: "Comparison", tokenizer: Tokenizer) -> str:
 def _name(facts: dict[str, Any]) -> str:
     """A model in a few words: the end of its path, and how it is rounded."""
     path = "/".join(facts["checkpoint"].rstrip("/").split("/")[-2:])
-    more = [facts["adapter"] and "adapter", facts["quantize"] or facts["dtype"]]
+    cache = "" if facts["cache_dtype"] == "auto" else f"{facts['cache_dtype']} cache"
+    more = [facts["adapter"] and "adapter", facts["quantize"] or facts["dtype"], cache]
     return ", ".join(filter(None, [path, *more]))
 
 
@@ -121,10 +122,10 @@ def _measured(comparison: "Comparison") -> str:
         ("maximum", f"{numbers['kl_max']:.3e}"),
         ("same likeliest token", f"{numbers['same_argmax']:.2%} of the positions"),
     ]
-    own = " A's own samples are likelier to a for that alone: give --text to compare perplexities."
+    own = " What a wrote is likelier to a for that alone: give --text to compare perplexities."
     return (
         f'<h2>On the text</h2>\n<p class="note">{numbers["tokens"]:,} tokens of {_text(listed)}.'
-        f"{own if names[0].endswith('sample of a') else ''}</p>\n"
+        f"{own if comparison.texts_of_a else ''}</p>\n"
         + "<table>" + "".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in rows) + "</table>\n"
         f'<div class="plots"><figure>{kl_by_position(found.kl, begins)}</figure>'
         f"<figure>{histogram(found.logprobs_b - found.logprobs_a)}</figure></div>"

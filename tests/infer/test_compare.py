@@ -26,6 +26,7 @@ from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.request import Settings
 from llama_jax.model import LoraConfig, adapter_shapes, merge_adapter
 from tests.generation.make import CFG, tokenizer_of
+from tests.infer import test_program
 from tests.model.make import params_of, reference_of
 from tests.text.make import small_sentencepiece
 
@@ -192,7 +193,7 @@ def test_an_adapter_is_a_side(run, models, how):
 
 def test_without_a_text_the_samples_of_a_are_compared(run):
     numbers, written, found = run(text=())
-    assert [name for name, _ in found.texts] == ["greedy sample of a", "sampled sample of a"]
+    assert [name for name, _ in found.texts] == ["greedy text 1 of a", "sampled text 1 of a"]
     assert [row for _, row in found.texts] == [[1, *a.tokens] for a, _ in found.samples]
     assert numbers["samples"][0]["prompt"] == "" and "give --text to compare perplexities" in written
 
@@ -301,7 +302,7 @@ def comparison(**changes):
     divergence = Divergence(zeros, zeros - 1, zeros - 2, zeros == 0, [Position(1, likely, likely)])
     given = dict(
         facts=[facts, facts], samples=[samples], forks=[fork], settings=Settings(), texts=[(EVIL, [1, 2, 3])],
-        divergence=divergence,
+        texts_of_a=False, divergence=divergence,
     )  # fmt: skip
     return compare.Comparison(**given | changes)
 
@@ -381,6 +382,11 @@ def test_the_largest_divergences_are_found_across_blocks():
 
 def test_fewer_tokens_than_are_named_are_all_named():
     assert likeliest(np.log([0.25, 0.75])) == [(1, pytest.approx(0.75)), (0, pytest.approx(0.25))]
+
+
+def test_a_mistake_on_the_command_line_is_one_line():
+    done = test_program.run("compare", "--a=nowhere", "--b=nowhere", "--text=x", "--prompt=x", "--config.b.quantise=int8")
+    test_program.assert_one_line_on_stderr(done, ExitCode.BAD_REQUEST, "quantise", "quantize")
 
 
 def test_the_config_has_every_setting_of_a_model():

@@ -36,7 +36,7 @@ th { font-weight: normal; color: var(--quiet); }
 .plots, .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; }
 figure { margin: 16px 0 0; padding: 12px; }
 svg { display: block; width: 100%; height: auto; }
-section { margin: 12px 0; }
+section { margin: 12px 0; overflow-wrap: anywhere; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 10px; }
 .prompt { color: var(--quiet); }
 mark { background: var(--mark); color: var(--mark-text); border-radius: 3px; padding: 1px 2px; }

@@ -74,7 +74,8 @@ def page(comparison: "Comparison", tokenizer: Tokenizer) -> str:
 
 def _name(facts: dict[str, Any]) -> str:
     """A model in a few words: the end of its path, and how it is rounded."""
-    path = "/".join(facts["checkpoint"].rstrip("/").split("/")[-2:])
+    parts = facts["checkpoint"].rstrip("/").split("/")
+    path = "/".join(parts[-3:] if parts[-2:-1] == ["checkpoints"] else parts[-2:])  # RUN/checkpoints/STEP
     cache = "" if facts["cache_dtype"] == "auto" else f"{facts['cache_dtype']} cache"
     more = [facts["adapter"] and "adapter", facts["quantize"] or facts["dtype"], cache]
     return ", ".join(filter(None, [path, *more]))

@@ -321,6 +321,15 @@ def test_what_models_and_users_write_is_no_markup():
     assert "\x00" not in found.text
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("a", "a"), ("models/a/", "models/a"), ("/x/models/a", "models/a"), ("/x/run/checkpoints/9", "run/checkpoints/9")],
+)
+def test_a_model_is_called_by_the_end_of_its_path(path, name):
+    facts = dict(checkpoint=path, adapter="", quantize="int8", dtype="float32", cache_dtype="int8")
+    assert page._name(facts) == f"{name}, int8, int8 cache"
+
+
 def test_the_page_needs_nothing_but_itself(run):
     written = run(prompt=["She"])[1]
     found = Page(written)

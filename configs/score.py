@@ -14,6 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.quantize = ""  # int8, fp8: weights rounded to 8 bits; int4; w8a8: int8, fast on a CPU
     c.cache_dtype = "auto"  # of the keys and values that tokens read: auto (as dtype); int8, as decoding with such a cache
     c.mesh = mesh()
-    c.max_length = 0  # tokens of a window; 0: the model's context
+    c.max_length = 0  # the most tokens the model may read at once; 0: its context
+    c.window = 0  # tokens of a window; 0: max_length
     c.stride = 0  # tokens between windows; 0: half a window, so that each token sees at least that much before it
     return c

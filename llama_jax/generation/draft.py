@@ -47,7 +47,7 @@ def check_same_tokens(
             ExitCode.VOCAB_MISMATCH,
             f"the draft has a vocabulary of {draft.vocab_size:,} tokens, the model {target.vocab_size:,}: it needs the same",
         )
-    if draft_tokenizer and tokenizer and (differs := _first_difference(draft_tokenizer, tokenizer)):
+    if draft_tokenizer and tokenizer and (differs := first_difference(draft_tokenizer, tokenizer)):
         raise LlamaError(ExitCode.VOCAB_MISMATCH, f"the draft's tokenizer is another one than the model's: {differs}")
 
 
@@ -72,7 +72,8 @@ def draft_model(
     return Speculation(draft_tokens or DRAFT_TOKENS, Reader(opened.config, params, mesh=mesh, slack=SLACK, **options))
 
 
-def _first_difference(a: Tokenizer, b: Tokenizer) -> str:
+def first_difference(a: Tokenizer, b: Tokenizer) -> str:
+    """What makes a another tokenizer than b, of a: "it has ...", "token 5 is ..."; "" where they are the same."""
     if a.fingerprint and a.fingerprint == b.fingerprint:
         return ""
     if a.vocab_size != b.vocab_size:

@@ -82,7 +82,7 @@ def test_the_configs_hold_every_setting_and_its_default():
     assert set(chat.get_config().sampling) == known - {"n", "echo"}
     assert program.settings(chat.get_config()) == Settings(max_new_tokens=512)
     weights = {"checkpoint", "tokenizer", "dtype", "quantize", "cache_dtype", "mesh"}
-    assert set(score.get_config()) == weights | {"max_length", "stride"}
+    assert set(score.get_config()) == weights | {"max_length", "window", "stride"}
     for module in (sample, chat, score):
         config = module.get_config()
         assert MeshShape(**config.mesh) == MeshShape(tensor=-1) and (config.quantize, config.cache_dtype) == ("", "auto")

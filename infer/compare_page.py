@@ -3,17 +3,15 @@
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from infer.compare_plots import histogram, kl_by_position
 from infer.compare_style import STYLE
+from infer.comparison import Comparison, Fork, Sample
 from infer.divergence import Position
 from llama_jax.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from infer.compare import Comparison, Fork, Sample
 
 BEFORE, AFTER = 32, 12  # tokens of context around one
 NEWLINE = "\n"
@@ -47,7 +45,7 @@ FACTS = (
 )
 
 
-def page(comparison: "Comparison", tokenizer: Tokenizer) -> str:
+def page(comparison: Comparison, tokenizer: Tokenizer) -> str:
     title = " and ".join(_name(facts) for facts in comparison.facts)
     settings = comparison.settings
     blocks = [
@@ -110,7 +108,7 @@ def _shown(facts: dict[str, Any]) -> dict[str, str]:
     return {key: f"{value:,}" if isinstance(value, int) else value for key, value in facts.items()} | shape
 
 
-def _measured(comparison: "Comparison") -> str:
+def _measured(comparison: Comparison) -> str:
     found, numbers = comparison.divergence, comparison.divergence.summary()
     begins = np.cumsum([0, *(len(row) - 1 for _, row in comparison.texts[:-1])]).tolist()
     names = [name for name, _ in comparison.texts]
@@ -133,7 +131,7 @@ def _measured(comparison: "Comparison") -> str:
     )  # fmt: skip
 
 
-def _pair(tokenizer: Tokenizer, pair: "tuple[Sample, Sample]", fork: "Fork | None") -> str:
+def _pair(tokenizer: Tokenizer, pair: "tuple[Sample, Sample]", fork: Fork | None) -> str:
     columns = [
         f'<div>{_badge(model)}<div class="text">{_sample(tokenizer, sample, fork.at if fork else None)}</div></div>'
         for model, sample in zip("ab", pair, strict=True)
@@ -142,7 +140,7 @@ def _pair(tokenizer: Tokenizer, pair: "tuple[Sample, Sample]", fork: "Fork | Non
     return f'<section><h3>{pair[0].kind}</h3><div class="pair">{"".join(columns)}</div>{said}</section>'
 
 
-def _sample(tokenizer: Tokenizer, sample: "Sample", at: int | None) -> str:
+def _sample(tokenizer: Tokenizer, sample: Sample, at: int | None) -> str:
     """A prompt and its continuation, with token `at` marked."""
     prompt = f'<span class="prompt">{_text(tokenizer.decode(sample.prompt))}</span>'
     stream = tokenizer.stream(continued=any(token not in tokenizer.special_ids for token in sample.prompt))
@@ -154,7 +152,7 @@ def _sample(tokenizer: Tokenizer, sample: "Sample", at: int | None) -> str:
     return prompt + _text("".join(pieces[:at])) + marked + _text("".join(pieces[at + 1 :]) + tail)
 
 
-def _fork(tokenizer: Tokenizer, fork: "Fork") -> str:
+def _fork(tokenizer: Tokenizer, fork: Fork) -> str:
     names = ["the end" if token is None else _token(tokenizer, token) for token in fork.tokens]
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(
@@ -164,12 +162,12 @@ def _fork(tokenizer: Tokenizer, fork: "Fork") -> str:
     return f"<p>Equal for {fork.at:,} tokens, then:</p><table><tr><th></th>{head}</tr>{rows}</table>"
 
 
-def _largest(comparison: "Comparison", tokenizer: Tokenizer) -> list[str]:
+def _largest(comparison: Comparison, tokenizer: Tokenizer) -> list[str]:
     places = [(name, row, at) for name, row in comparison.texts for at in range(1, len(row))]
     return [_position(comparison, tokenizer, position, *places[position.place]) for position in comparison.divergence.largest]
 
 
-def _position(comparison: "Comparison", tokenizer: Tokenizer, position: Position, name: str, row: list[int], at: int) -> str:
+def _position(comparison: Comparison, tokenizer: Tokenizer, position: Position, name: str, row: list[int], at: int) -> str:
     found = comparison.divergence
     before = tokenizer.decode(row[max(0, at - BEFORE) : at], continued=at > BEFORE)
     after = tokenizer.decode(row[at + 1 : at + 1 + AFTER], continued=True).rstrip()

@@ -37,6 +37,8 @@ def run(main: Callable[[], None]) -> None:
             rest = flags.FLAGS(argv)
             flags.FLAGS.config.to_dict()  # a file that is missing or does not run is only found when it is read
             return rest
+        except BrokenPipeError:  # `--help | head`
+            raise
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             said = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
             if "Did you mean" in said:  # a KeyError of ml_collections, quoted twice

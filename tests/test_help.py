@@ -7,7 +7,7 @@ import pytest
 
 PROGRAMS = (
     *(f"llama_jax.{name}" for name in ("convert", "verify", "export", "inspect", "quantize", "plan", "data.prepare")),
-    *(f"infer.{name}" for name in ("sample", "chat", "score", "bench")),
+    *(f"infer.{name}" for name in ("sample", "chat", "score", "bench", "compare")),
     *(f"train.{name}" for name in ("main", "bench")),
 )
 HELP = """

@@ -16,7 +16,8 @@ from absl import flags
 from etils import epath
 
 from configs.compare import get_config
-from infer import program
+from infer import compare_page as page
+from infer import comparison, program
 from infer.compare_plots import BINS, histogram, kl_by_position
 from infer.divergence import BLOCK, Divergence, Position, StoredLogits, likeliest, log_softmax, measure
 from llama_jax.checkpoint.adapter import adapter_record, save_adapter
@@ -35,7 +36,6 @@ with (  # the flags `config`, `text` and `prompt` are those of other programs, t
     mock.patch.multiple(flags, DEFINE_string=mock.DEFAULT, DEFINE_multi_string=mock.DEFAULT),
 ):
     compare = importlib.import_module("infer.compare")
-    page = importlib.import_module("infer.compare_page")
 
 TEXTS = ["The child found the red house. " * 8, "She said hello."]
 LORA = LoraConfig(rank=2, alpha=2.0, targets=("q_proj", "down_proj"))
@@ -88,6 +88,8 @@ def models(tmp_path_factory):
 def run(models, monkeypatch, tmp_path, capsys):
     """Calls as `run(b="lora")`: the program in this process, on one device; returns numbers, page and comparison."""
 
+    whole = page.page
+
     def call(a="a", b="b", text=("text.jsonl",), prompt=(), output="report.html", **settings):
         config = get_config()
         config.max_new_tokens, config.sampling.temperature, config.sampling.top_p = 12, 1.0, 1.0
@@ -99,7 +101,7 @@ def run(models, monkeypatch, tmp_path, capsys):
             monkeypatch.setattr(compare, name, types.SimpleNamespace(value=value))
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         made = []
-        monkeypatch.setattr(compare, "page", lambda found, tokenizer: made.append(found) or page.page(found, tokenizer))
+        monkeypatch.setattr(page, "page", lambda found, tokenizer: made.append(found) or whole(found, tokenizer))
         compare.main()
         return json.loads(capsys.readouterr().out), (tmp_path / output).read_text(), made[0]
 
@@ -162,7 +164,7 @@ def test_numbers_are_those_of_the_reference(run, models):
     perplexity = np.exp(-found.divergence.logprobs_b.mean())
     assert numbers["perplexity_b"] == pytest.approx(perplexity, rel=1e-5) and numbers["perplexity_a"] != perplexity
     places = [position.place for position in found.divergence.largest]
-    assert np.all(np.diff(kl[places]) <= 1e-6) and kl[places[0]] == kl.max() and len(places) == compare.NUM_LARGEST
+    assert np.all(np.diff(kl[places]) <= 1e-6) and kl[places[0]] == kl.max() and len(places) == comparison.NUM_LARGEST
     assert [sample["kind"] for sample in numbers["samples"]] == ["greedy", "sampled"]
     assert numbers["samples"][0]["prompt"] == "She" and numbers["samples"][0]["token_a"] == found.forks[0].tokens[0]
     assert numbers["a"]["bytes"] == 4 * CFG.num_params and numbers["a"]["dtype"] == "float32"
@@ -209,7 +211,7 @@ def test_without_a_prompt_both_continue_what_the_text_begins_with(run, text, len
 
 
 def test_a_long_text_is_cut_and_it_is_said(run, capsys):
-    with mock.patch.object(compare.distributed, "note") as note:
+    with mock.patch.object(comparison.distributed, "note") as note:
         numbers, _, found = run(max_tokens=20, prompt=["She"])
     assert numbers["tokens"] == 20 == len(found.divergence.kl) and [len(row) for _, row in found.texts] == [21]
     assert "the first 20 of" in note.call_args.args[0]
@@ -251,7 +253,7 @@ def test_models_of_other_tokens_are_refused(run, models, tmp_path, monkeypatch):
     config = types.SimpleNamespace(vocab_size=CFG.vocab_size + 1)
     opened = {"a": Checkpoint.open(models / "a"), "b": types.SimpleNamespace(config=config, path="b")}
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "open_weights", lambda path, adapter: opened[epath.Path(path).name])
+        patch.setattr(comparison, "open_weights", lambda path, adapter: opened[epath.Path(path).name])
         refused(run, "vocabulary of 420 tokens, b of 421: only models of the same", ExitCode.VOCAB_MISMATCH)
     (tmp_path / "other").mkdir()
     other = small_sentencepiece(tmp_path / "other" / "tokenizer.model", CFG.vocab_size - 20)
@@ -294,13 +296,13 @@ class Evil:
         return types.SimpleNamespace(push=self.decode, finish=lambda: "")
 
 
-def comparison(**changes):
+def a_comparison(**changes):
     facts = dict(
         checkpoint=EVIL, adapter=EVIL, base=EVIL, parameters=1, layers=1, width=1, heads=1, kv_heads=1, vocabulary=9,
         context=9, dtype="float32", quantize="", cache_dtype="auto", bytes=4, source=EVIL, made_by=EVIL,
     )  # fmt: skip
-    samples = (compare.Sample("greedy", [1], [2, 3]), compare.Sample("greedy", [1], [2]))
-    fork = compare.Fork(1, (3, None), ((0.5, 0.25), (0.125, 1e-9)))
+    samples = (comparison.Sample("greedy", [1], [2, 3]), comparison.Sample("greedy", [1], [2]))
+    fork = comparison.Fork(1, (3, None), ((0.5, 0.25), (0.125, 1e-9)))
     zeros = np.zeros(2)
     likely = [(1, 0.5), (2, 0.25)]
     divergence = Divergence(zeros, zeros - 1, zeros - 2, zeros == 0, [Position(1, likely, likely)])
@@ -308,11 +310,11 @@ def comparison(**changes):
         facts=[facts, facts], samples=[samples], forks=[fork], settings=Settings(), texts=[(EVIL, [1, 2, 3])],
         texts_of_a=False, divergence=divergence,
     )  # fmt: skip
-    return compare.Comparison(**given | changes)
+    return comparison.Comparison(**given | changes)
 
 
 def test_what_models_and_users_write_is_no_markup():
-    found = Page(page.page(comparison(), Evil()))
+    found = Page(page.page(a_comparison(), Evil()))
     assert not {"script", "img"} & set(found.tags)
     assert not [name for name, _ in found.attributes if name.startswith("on") or name == "src"]
     shown = EVIL.replace("\x00", "\ufffd")

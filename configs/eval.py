@@ -13,9 +13,9 @@ MODELS = (
 )  # fmt: skip
 
 
-def score(name: str, task: str = "", shots: int = 0, metric: str = "", group: bool = False) -> dict:
+def score(name: str, task: str = "", shots: int = 0, metric: str = "", group: bool = False, percent: bool = False) -> dict:
     """Fields of llama_jax.evaluation.columns.Score."""
-    return dict(name=name, task=task, shots=shots, metric=metric, group=group)
+    return dict(name=name, task=task, shots=shots, metric=metric, group=group, percent=percent)
 
 
 COLUMNS = {
@@ -38,7 +38,7 @@ COLUMNS = {
         score("TriviaQA", "triviaqa", 5, "exact_match,remove_whitespace"),
     ],
     "reading": [
-        score("SQuAD", "squadv2", 0, "exact,none"),
+        score("SQuAD", "squadv2", 0, "exact,none", percent=True),
         score("QuAC"),
         score("BoolQ", "boolq", 0, "acc,none"),
     ],

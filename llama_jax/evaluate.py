@@ -35,16 +35,18 @@ def main() -> None:
     args, rest = _parser().parse_known_args(argv[1:] if argv[0] == "run" else argv)
     if args.model not in (None, "llama_jax"):
         raise LlamaError(ExitCode.BAD_REQUEST, f"--model {args.model}: this command runs llama_jax; lm-eval runs the others")
-    options = ["run", "--model", "llama_jax", "--batch_size", args.batch_size]
+    is_column = FILE.fullmatch(args.config)  # otherwise a file of lm-eval's own, in YAML, which may say the batch size
+    options = ["run", "--model", "llama_jax"]
+    if args.batch_size or is_column or not args.config:
+        options += ["--batch_size", args.batch_size or "auto"]
     if args.checkpoint:
         options += ["--model_args", json.dumps({"checkpoint": args.checkpoint})]
-    config = args.config or ""
-    if not FILE.fullmatch(config):  # lm-eval's own, a file of YAML
+    if not is_column:
         if args.published:
             raise LlamaError(ExitCode.BAD_REQUEST, "--published goes with --config=FILE.py:COLUMN (configs/eval.py)")
-        run_harness([*options, *(["--config", config] if config else []), *rest])
+        run_harness([*options, *(["--config", args.config] if args.config else []), *rest])
         return
-    column = load_column(config, args.published)
+    column = load_column(args.config, args.published)
     print(run_column(column, options, rest, args.published))
 
 
@@ -111,9 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         usage="python -m llama_jax.evaluate [--checkpoint DIR] [--config FILE] [--published MODEL] [OPTIONS OF lm-eval run]",
     )
     parser.add_argument("--checkpoint", default="", help="as --model_args checkpoint=DIR")
-    parser.add_argument("--config", "-C", help="FILE.py:COLUMN (configs/eval.py), or a file of YAML with lm-eval's options")
+    parser.add_argument(
+        "--config", "-C", default="", help="FILE.py:COLUMN (configs/eval.py), or a file of YAML with lm-eval's options"
+    )
     parser.add_argument("--published", default="", metavar="MODEL", help="print its published numbers, such as llama2_7b's")
-    parser.add_argument("--batch_size", "-b", default="auto", help="sequences at once (default: auto, which is 16)")
+    parser.add_argument("--batch_size", "-b", default="", help="sequences at once (default: auto, which is 16)")
     parser.add_argument("--model", "-M", help=argparse.SUPPRESS)
     return parser
 

@@ -22,6 +22,7 @@ class Score:
         shots: examples in the prompt; -1: as the task has them, and only that works.
         metric: "METRIC,FILTER", a key of lm-eval's results.
         group: whether the task is a group of tasks.
+        percent: whether lm-eval's metric is in percent already.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Score:
     shots: int = 0
     metric: str = ""
     group: bool = False
+    percent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Column:
         for score in self.scores:
             value = results.get(score.task, {}).get(score.metric)
             if isinstance(value, int | float):
-                measured.append(100 * value)
+                measured.append(value if score.percent else 100 * value)
             shots = "" if not score.task else "task's" if score.shots < 0 else str(score.shots)
             said = "not in lm-eval" if not score.task else f"{measured[-1]:.1f}" if value is not None else "not measured"
             rows.append([score.name, score.task, shots, score.metric, said, _number(known.get(score.name))])

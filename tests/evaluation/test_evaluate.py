@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import llama_jax
 from configs import eval as table
 from llama_jax import evaluate
 from llama_jax.config import PRESETS
@@ -16,6 +17,7 @@ from llama_jax.errors import LlamaError
 from llama_jax.evaluation.arguments import check_model_args
 from llama_jax.evaluation.columns import Column, Score, load_column
 from tests.evaluation.tasks import write_tasks
+from tests.generation.make import log_softmax
 
 ROOT = Path(__file__).parents[2]
 needs_harness = pytest.mark.skipif(
@@ -115,10 +117,10 @@ def test_published_columns_are_the_means_of_their_benchmarks(column):
 
 
 def test_a_report_has_the_published_numbers_beside_the_measured():
-    scores = [Score("A", "a", 0, "acc,none"), Score("B", "b", -1, "acc,none", group=True), Score("C")]
+    scores = [Score("A", "a", 0, "acc,none"), Score("B", "b", -1, "acc,none", group=True, percent=True), Score("C")]
     column = Column("name", scores, {"m": {"A": 50.0, "B": 10.5, "C": 1.0, "mean": 20.5}}, "A note.")
     assert column.yaml() == "group: name\ntask:\n  - task: a\n    num_fewshot: 0\n  - group: b\n"
-    lines = column.report({"a": {"acc,none": 0.25}, "b": {"acc,none": 0.5}}, "m").splitlines()
+    lines = column.report({"a": {"acc,none": 0.25}, "b": {"acc,none": 50.0}}, "m").splitlines()
     assert lines[2] == "| benchmark | task | shots | metric | measured | published m |"
     assert lines[4:8] == [
         "| A | a | 0 | acc,none | 25.0 | 50 |",
@@ -131,7 +133,6 @@ def test_a_report_has_the_published_numbers_beside_the_measured():
 
 @needs_harness
 def test_every_task_of_the_table_is_one_of_lm_evals(tmp_path):
-    """And so is its metric, where the file of the task says what its metrics are."""
     script = tmp_path / "ask.py"
     script.write_text(
         "import json, sys\n"
@@ -165,11 +166,9 @@ def test_a_column_runs_and_equals_what_its_likelihoods_say(tmp_path):
     samples = next((tmp_path / "out").glob("**/samples_story_letter_*.jsonl")).read_text().splitlines()
     asked = json.loads(samples[0])
     context, letter = asked["arguments"]["gen_args_0"].values()
-    import llama_jax
-
     llama = llama_jax.load(ROOT / "bundled/checkpoint", dtype="float32")
-    tokens = llama.tokenizer.encode(context + letter, bos=True)
-    expected = llama.score(tokens).logprobs[-1]
+    tokens = llama.tokenizer.encode(context + letter, bos=True)[-llama.max_length - 1 :]  # two stories are longer
+    expected = log_softmax(llama.logits([tokens[:-1]])[0, -1])[tokens[-1]]
     assert float(asked["resps"][0][0][0]) == pytest.approx(expected, abs=1e-4)
 
 

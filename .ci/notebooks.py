@@ -89,7 +89,7 @@ def said(notebook: NotebookNode) -> list[str]:
         lines += [f"[{cell.id}]", *cell.source.split("\n")]
         for output in cell.get("outputs", ()):
             data = output.get("data", {"stdout": output.get("text", "")})
-            for kind, text in data.items():
+            for kind, text in sorted(data.items()):
                 lines += [f"-> {kind}", *("" if kind.startswith("image/") else text).rstrip("\n").split("\n")]
     return lines
 

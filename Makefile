@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PROMPT ?= Once upon a time
 
-.PHONY: sample chat test test-fast test-aot bundled lint dev aot clean
+.PHONY: sample chat test test-fast test-aot bundled lint dev aot notebooks clean
 
 sample: $(VENV)/core
 	@$(BIN)/python -m infer.sample --config=configs/sample.py --prompt "$(PROMPT)"
@@ -61,6 +61,17 @@ $(VENV)-aot/done: requirements-aot.txt $(VENV)/dev
 	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(VENV)-aot/bin/python -c "$$site")/core.pth"
 	@$(VENV)-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-aot.txt \
 	    && touch $@ || echo "the compilers cannot be installed here: what needs them will be skipped" >&2
+
+# The notebooks, run and compared with what is committed; ARGS=--write stores new outputs.
+notebooks: $(VENV)-notebooks/done
+	$(VENV)-notebooks/bin/python .ci/notebooks.py $(ARGS)
+
+$(VENV)-notebooks/done: requirements-notebooks.txt $(VENV)/dev
+	@test -x $(VENV)-notebooks/bin/python || $(BIN)/python -m venv $(VENV)-notebooks
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(VENV)-notebooks/bin/python -c "$$site")/core.pth"
+	@$(VENV)-notebooks/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-notebooks.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .ruff_cache .hypothesis

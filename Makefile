@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PROMPT ?= Once upon a time
 
-.PHONY: sample chat test test-fast test-aot bundled lint dev aot clean
+.PHONY: sample chat test test-fast test-aot bundled lint dev aot docs clean
 
 sample: $(VENV)/core
 	@$(BIN)/python -m infer.sample --config=configs/sample.py --prompt "$(PROMPT)"
@@ -39,6 +39,10 @@ lint: $(VENV)/dev
 
 dev: $(VENV)/dev
 
+# The site, in build/site; its builder has an environment of its own.
+docs: $(VENV)/core $(VENV)-docs/done
+	$(BIN)/python .ci/docs.py build $(VENV)-docs/bin/mkdocs
+
 # An environment of its own on top of the other: where libtpu is installed and no TPU is, every start of jax complains.
 aot: $(VENV)-aot/done
 
@@ -60,6 +64,11 @@ $(VENV)-aot/done: requirements-aot.txt $(VENV)/dev
 	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(VENV)-aot/bin/python -c "$$site")/core.pth"
 	@$(VENV)-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-aot.txt \
 	    && touch $@ || echo "the compilers cannot be installed here: what needs them will be skipped" >&2
+
+$(VENV)-docs/done: requirements-docs.txt $(VENV)/core
+	@test -x $(VENV)-docs/bin/python || $(BIN)/python -m venv $(VENV)-docs
+	@$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .venv-* build *.egg-info .pytest_cache .ruff_cache .hypothesis

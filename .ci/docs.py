@@ -22,7 +22,7 @@ from pages import api, configuration, messages  # noqa: E402
 DOCS, PAGES, SITE = ROOT / "docs", ROOT / "build" / "docs", ROOT / "build" / "site"
 GENERATED = {DOCS / "configuration.md": configuration.page, DOCS / "api.md": api.page}
 OTHERS = ("CONTRIBUTING.md", "benchmarks/README.md", "bundled/README.md")  # pages of the site that lie outside docs/
-IMAGES = (".svg", ".png")
+ASSETS = (".svg", ".png", ".css")
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
 MARK = re.compile(r"^<!-- (?:not run|exits): [^\n]* -->\n", re.MULTILINE)
 
@@ -49,7 +49,7 @@ def gather() -> None:
     """Copies the pages to build/docs, with links that are right there."""
     shutil.rmtree(PAGES, ignore_errors=True)
     for path in sorted(DOCS.rglob("*")):
-        if path.suffix in IMAGES:
+        if path.suffix in ASSETS:
             _copy(path)
     for path in [*sorted(DOCS.glob("*.md")), *(ROOT / name for name in OTHERS)]:
         target = PAGES / _place(path)
@@ -61,7 +61,7 @@ def gather() -> None:
 def _place(path: Path) -> Path:
     """Where a file of the repository lies below build/docs."""
     inside = path.relative_to(DOCS) if path.is_relative_to(DOCS) else path.relative_to(ROOT)
-    return inside if path.suffix in (".md", *IMAGES) else inside.with_name(inside.name + ".txt")
+    return inside if path.suffix in (".md", *ASSETS) else inside.with_name(inside.name + ".txt")
 
 
 def _copy(path: Path) -> None:

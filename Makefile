@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PROMPT ?= Once upon a time
 
-.PHONY: sample chat test test-fast test-aot bundled lint dev aot notebooks clean
+.PHONY: sample chat test test-fast test-aot bundled lint dev aot notebooks docs clean
 
 sample: $(VENV)/core
 	@$(BIN)/python -m infer.sample --config=configs/sample.py --prompt "$(PROMPT)"
@@ -40,7 +40,18 @@ lint: $(VENV)/dev
 
 dev: $(VENV)/dev
 
-# An environment of its own on top of the other: where libtpu is installed and no TPU is, every start of jax complains.
+# The site, in build/site; its builder has an environment of its own.
+docs: $(VENV)/core $(VENV)-docs/done
+	$(BIN)/python .ci/docs.py build $(VENV)-docs/bin/mkdocs
+
+# An environment of its own that has everything of the other, too.
+define on_top
+@test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
+@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(@D)/bin/python -c "$$site")/core.pth"
+endef
+
+# Where libtpu is installed and no TPU is, every start of jax complains: not in the other one.
 aot: $(VENV)-aot/done
 
 $(VENV)/core: requirements.txt pyproject.toml
@@ -56,9 +67,7 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/core
 	@touch $@
 
 $(VENV)-aot/done: requirements-aot.txt $(VENV)/dev
-	@test -x $(VENV)-aot/bin/python || $(BIN)/python -m venv $(VENV)-aot
-	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(VENV)-aot/bin/python -c "$$site")/core.pth"
+	$(on_top)
 	@$(VENV)-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-aot.txt \
 	    && touch $@ || echo "the compilers cannot be installed here: what needs them will be skipped" >&2
 
@@ -67,10 +76,13 @@ notebooks: $(VENV)-notebooks/done
 	$(VENV)-notebooks/bin/python .ci/notebooks.py $(ARGS)
 
 $(VENV)-notebooks/done: requirements-notebooks.txt $(VENV)/dev
-	@test -x $(VENV)-notebooks/bin/python || $(BIN)/python -m venv $(VENV)-notebooks
-	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(VENV)-notebooks/bin/python -c "$$site")/core.pth"
+	$(on_top)
 	@$(VENV)-notebooks/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-notebooks.txt
+	@touch $@
+
+$(VENV)-docs/done: requirements-docs.txt $(VENV)/core
+	@test -x $(VENV)-docs/bin/python || $(BIN)/python -m venv $(VENV)-docs
+	@$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
 clean:

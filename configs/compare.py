@@ -24,12 +24,12 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def side() -> ml_collections.ConfigDict:
-    """One of the two models; the settings as in configs/sample.py."""
+    """One of the two models; the keys are those of configs/sample.py."""
     c = ml_collections.ConfigDict()
     c.checkpoint = ""  # or --a, --b
     c.adapter = ""  # a LoRA run or PEFT's folder, on that checkpoint; a LoRA run by itself is a checkpoint, too
-    c.tokenizer = placeholder(str)
-    c.dtype = "auto"
-    c.quantize = ""
-    c.cache_dtype = "auto"
+    c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
+    c.dtype = "auto"  # of weights and activations: auto (as stored), bfloat16, float32, float16
+    c.quantize = ""  # int8, fp8: weights rounded to 8 bits; int4; w8a8: int8, fast on a CPU
+    c.cache_dtype = "auto"  # of keys and values: auto (as dtype), int8
     return c

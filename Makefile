@@ -42,7 +42,7 @@ dev: $(VENV)/dev
 
 # The site, in build/site; its builder has an environment of its own.
 docs: $(VENV)/core $(VENV)-docs/done
-	$(BIN)/python .ci/docs.py build $(VENV)-docs/bin/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python .ci/docs.py build $(VENV)-docs/bin/mkdocs
 
 # An environment of its own that has everything of the other, too.
 define on_top

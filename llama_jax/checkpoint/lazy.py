@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llama_jax.checkpoint.files import MappedFile
+from llama_jax.checkpoint.memory import aligned
 
 CHUNK = 2**20  # elements dequantised, or bytes compared, at a time: bounds the temporaries
 
@@ -73,7 +74,7 @@ class LazyArray:
     def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Copies the whole array, or the part at `index` (one slice of step 1 per axis), to memory, C-contiguous."""
         ranges = _ranges(index, self.shape)
-        out = np.empty([hi - lo for lo, hi in ranges], self.dtype)
+        out = aligned([hi - lo for lo, hi in ranges], self.dtype)
         bits = out.view(_bits(self.dtype))
         for box in self.boxes:
             corner = zip(box.start, box.view.shape, ranges, strict=True)

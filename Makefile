@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PROMPT ?= Once upon a time
 
-.PHONY: sample chat test test-fast test-aot bundled lint dev aot notebooks docs clean
+.PHONY: sample chat test test-fast test-aot bundled lint dev aot notebooks evaluation docs clean
 
 sample: $(VENV)/core
 	@$(BIN)/python -m infer.sample --config=configs/sample.py --prompt "$(PROMPT)"
@@ -78,6 +78,15 @@ notebooks: $(VENV)-notebooks/done
 $(VENV)-notebooks/done: requirements-notebooks.txt $(VENV)/dev
 	$(on_top)
 	@$(VENV)-notebooks/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-notebooks.txt
+	@touch $@
+
+# lm-eval's own command line with our model, on local tasks.
+evaluation: $(VENV)-eval/done
+	JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0" $(VENV)-eval/bin/python -m pytest tests/evaluation/test_evaluate.py $(ARGS)
+
+$(VENV)-eval/done: requirements-eval.txt $(VENV)/dev
+	$(on_top)
+	@$(VENV)-eval/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-eval.txt
 	@touch $@
 
 $(VENV)-docs/done: requirements-docs.txt $(VENV)/core

@@ -25,6 +25,7 @@ def get_config(preset: str = "stories110m") -> ml_collections.ConfigDict:
     c.draft = ""  # instead: measure guesses of several tokens a step: lookup (in the text so far), or a smaller model
     c.draft_tokens = 0  # guesses a step; 0: 7 looked up, 4 of a model
     c.checkpoint = ""  # whose tokens are guessed
+    c.adapter = ""  # a LoRA run or PEFT's folder, on that checkpoint
     c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
     c.max_length = 0  # tokens of prompt and answer together; 0: the model's context
     c.batch_sizes = (1, 8)  # one line of output each

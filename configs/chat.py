@@ -9,6 +9,7 @@ from configs.sample import BUNDLED, mesh, sampling
 def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.checkpoint = BUNDLED  # made by llama_jax.convert from a chat or instruct model, or a training run's WORKDIR
+    c.adapter = ""  # a LoRA run or PEFT's folder, on that checkpoint; a LoRA run by itself is a checkpoint, too
     c.tokenizer = placeholder(str)  # its file or folder, when the checkpoint has none
     c.dtype = "auto"  # of weights and activations: auto (as stored), bfloat16, float32, float16
     c.quantize = ""  # int8, fp8: weights rounded to 8 bits; int4; w8a8: int8, fast on a CPU

@@ -16,7 +16,7 @@ def load(config: ml_collections.ConfigDict) -> Any:
 
     if not config.checkpoint:
         raise LlamaError(ExitCode.BAD_REQUEST, "no checkpoint: --config.checkpoint=DIR names one that llama_jax.convert made")
-    more = {name: config[name] for name in ("adapter", "batch_size", "draft", "draft_tokens") if name in config}
+    more = {name: config[name] for name in ("batch_size", "draft", "draft_tokens") if name in config}
     return llama_jax.load(
         config.checkpoint,
         mesh=config.mesh.to_dict(),
@@ -25,6 +25,7 @@ def load(config: ml_collections.ConfigDict) -> Any:
         cache_dtype=config.cache_dtype,
         max_length=config.max_length,
         tokenizer=config.tokenizer,
+        adapter=config.adapter,
         **more,
     )
 

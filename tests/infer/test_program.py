@@ -81,7 +81,7 @@ def test_the_configs_hold_every_setting_and_its_default():
     assert program.settings(sample.get_config()) == Settings(echo=True)
     assert set(chat.get_config().sampling) == known - {"n", "echo"}
     assert program.settings(chat.get_config()) == Settings(max_new_tokens=512)
-    weights = {"checkpoint", "tokenizer", "dtype", "quantize", "cache_dtype", "mesh"}
+    weights = {"checkpoint", "adapter", "tokenizer", "dtype", "quantize", "cache_dtype", "mesh"}
     assert set(score.get_config()) == weights | {"max_length", "window", "stride"}
     for module in (sample, chat, score):
         config = module.get_config()

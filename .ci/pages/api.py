@@ -66,7 +66,7 @@ def page() -> str:
 
 def _entry(node: Definition, prefix: str, level: str) -> list[str]:
     """Heading, signature, docstring; of a class its public methods, too."""
-    lines = [f"{level} {prefix}{node.name}", f"```python\n{_signature(node)}\n```", _described(node)]
+    lines = [f"{level} {prefix}{node.name}", f"```py\n{_signature(node)}\n```", _described(node)]
     if isinstance(node, ast.ClassDef):
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and ast.get_docstring(method):

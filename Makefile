@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+QUICKLY := JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)"
 PROMPT ?= Once upon a time
 
 .PHONY: sample chat test test-fast test-aot bundled lint dev aot notebooks evaluation docs clean
@@ -15,7 +16,7 @@ chat: $(VENV)/core
 
 # Most of its time would be LLVM's: what is tested is what is computed, and `make test-fast` in .ci/run compiles as users do.
 test: lint $(VENV)/dev
-	JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10 -m "not aot" $(ARGS)
+	$(QUICKLY) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10 -m "not aot" $(ARGS)
 
 # Without the tests that take more than 20 s.
 test-fast: $(VENV)/dev
@@ -82,7 +83,7 @@ $(VENV)-notebooks/done: requirements-notebooks.txt $(VENV)/dev
 
 # lm-eval's own command line with our model, on local tasks.
 evaluation: $(VENV)-eval/done
-	JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0" $(VENV)-eval/bin/python -m pytest tests/evaluation/test_evaluate.py $(ARGS)
+	$(QUICKLY) $(VENV)-eval/bin/python -m pytest tests/evaluation/test_evaluate.py $(ARGS)
 
 $(VENV)-eval/done: requirements-eval.txt $(VENV)/dev
 	$(on_top)

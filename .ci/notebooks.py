@@ -13,8 +13,6 @@ import copy
 import difflib
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from checkout import ROOT, copy_checkout
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
 MOST_BYTES = 400_000
 CELL_SECONDS = 300
@@ -102,13 +100,6 @@ def executed(notebook: NotebookNode, name: str, folder: Path) -> NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = [nbformat.from_dict(output) for output in kept(cell.outputs)]
     return with_shared(notebook, name)
-
-
-def copy_checkout(target: Path) -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
-    for name in filter(None, tracked):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target / name)
 
 
 def main() -> None:

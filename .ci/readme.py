@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from checkout import ROOT, copy_checkout
+
 SHARED = ROOT.parent / "shared"
 BLOCK = re.compile(
     r"(?:<!-- (?:not run: (?P<reason>[^\n]*)|exits: (?P<code>\d+)) -->\n)?"
@@ -136,10 +137,7 @@ def main() -> None:
     start, ran = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "llama_jax"
-        tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
-        for name in filter(None, tracked):
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
+        copy_checkout(copy)
         os.symlink(ROOT / ".venv", copy / ".venv")
         make_weights(copy)
         environment = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(copy)}

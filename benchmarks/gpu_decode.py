@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import bench as config
-from infer import measure as bench
+from infer import measure
 from llama_jax.config import PRESETS, ModelConfig
 from llama_jax.generation import programs
 from llama_jax.generation.request import Row, to_controls
@@ -44,9 +44,9 @@ FLOAT_TILES = "4,1,8 4,2,8 4,4,8 4,1,4 4,2,4 4,4,4 2,2,8 2,4,8 2,4,4 8,1,8 8,2,8
 INTEGER_TILES = "4,1,4 4,2,4 4,4,4 2,4,4 2,8,4 8,2,4 4,2,2 4,4,2 4,4,8 4,2,8 2,4,8 8,1,4 2,4,2 8,2,8"
 
 
-def subject(cfg: ModelConfig = SEVEN, **settings: Any) -> bench.Subject:
+def subject(cfg: ModelConfig = SEVEN, **settings: Any) -> measure.Subject:
     asked = {"model": dataclasses.asdict(cfg), "prompt_length": 1, "context": SLOTS}
-    return bench.make_subject(config.get_config().to_dict() | asked | settings)
+    return measure.make_subject(config.get_config().to_dict() | asked | settings)
 
 
 def decode(quantize: str, cache_dtype: str, batch: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def decode(quantize: str, cache_dtype: str, batch: str) -> dict[str, Any]:
         assert (np.asarray(output.tokens)[:, :STEPS] >= 0).all()
         found.append((time.perf_counter() - start) / STEPS)
     seconds = statistics.median(found[2:])
-    nbytes = sum(bench.step_bytes(of, B, CONTEXT + STEPS * (CALLS // 2 + 1)).values())
+    nbytes = sum(measure.step_bytes(of, B, CONTEXT + STEPS * (CALLS // 2 + 1)).values())
     return {
         "ms": 1e3 * seconds,
         "least": 1e3 * min(found),
@@ -96,7 +96,7 @@ def prefill(length: str) -> dict[str, Any]:
         start = time.perf_counter()
         np.asarray(run(*inputs)[1].tokens)
         found.append(time.perf_counter() - start)
-    layers, head = bench.linear_params(cfg)
+    layers, head = measure.linear_params(cfg)
     flops = 2 * layers * T + 2 * T**2 * cfg.num_heads * cfg.head_dim * cfg.num_layers + 2 * head
     kernels = launched(lambda: run(*inputs)[1].tokens)
     return {"ms": 1e3 * min(found), "TFLOP_per_second": flops / min(found) / 1e12, "kernels": kernels}

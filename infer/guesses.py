@@ -1,5 +1,6 @@
 """What guessing tokens gains: on text that repeats itself and on text that does not, against one token a step."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +9,7 @@ import ml_collections
 import numpy as np
 
 import llama_jax
+from infer import program
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.request import Row, Settings, make_row
@@ -27,10 +29,9 @@ def measure_guesses(llama: llama_jax.Llama, config: ml_collections.ConfigDict) -
         LlamaError: the texts do not fit, or nothing would be guessed.
     """
     cfg, guessing = llama.config, llama.engine
-    asked = config.sampling.to_dict() | {"logit_bias": {}, "ignore_eos": True}
-    settings = Settings(max_new_tokens=config.steps, **asked)
+    settings = dataclasses.replace(program.settings(config, config.steps), ignore_eos=True)
     if settings.needs_history:
-        raise LlamaError(ExitCode.BAD_REQUEST, "with penalties nothing is guessed: measure without them")
+        raise LlamaError(ExitCode.BAD_REQUEST, "with penalties or a bias nothing is guessed: measure without them")
     plain = Engine(
         cfg,
         guessing.params,

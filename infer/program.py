@@ -30,13 +30,14 @@ def load(config: ml_collections.ConfigDict) -> Any:
     )
 
 
-def settings(config: ml_collections.ConfigDict) -> Any:
-    """The Settings of a program's config."""
+def settings(config: ml_collections.ConfigDict, max_new_tokens: int | None = None) -> Any:
+    """The Settings of a program's config, which says max_new_tokens where it is not given."""
     import llama_jax
 
     values = config.sampling.to_dict()
     values["logit_bias"] = _parse_bias(values["logit_bias"])
-    return llama_jax.Settings(max_new_tokens=config.max_new_tokens, **values)
+    new = config.max_new_tokens if max_new_tokens is None else max_new_tokens
+    return llama_jax.Settings(max_new_tokens=new, **values)
 
 
 def _parse_bias(text: str) -> dict[int, float]:

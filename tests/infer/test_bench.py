@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from configs.bench import get_config
-from infer import bench_report
-from infer import measure as bench
+from infer import bench_report, measure
 from infer.floors import Floors, measure_floors
 from llama_jax.config import PRESETS
 from llama_jax.errors import ExitCode, LlamaError
@@ -27,18 +26,18 @@ def config(**changes):
     return c.to_dict()
 
 
-def subject_of(count: int = 1, **changes) -> bench.Subject:
-    return bench.make_subject(config(**changes), jax.devices()[:count])
+def subject_of(count: int = 1, **changes) -> measure.Subject:
+    return measure.make_subject(config(**changes), jax.devices()[:count])
 
 
 @pytest.fixture
 def floors_known(monkeypatch):
-    monkeypatch.setattr(bench.floors, "measure_floors", lambda *_: FLOORS)
+    monkeypatch.setattr(measure.floors, "measure_floors", lambda *_: FLOORS)
 
 
 @pytest.fixture
 def lines(floors_known):
-    return list(bench.measure(subject_of(), (1, 3)))
+    return list(measure.measure(subject_of(), (1, 3)))
 
 
 def test_a_line_says_what_was_timed_in_numbers_that_agree(lines):
@@ -56,7 +55,7 @@ def test_a_line_says_what_was_timed_in_numbers_that_agree(lines):
 
 
 def test_prefill_flops_are_those_of_the_products_and_of_half_the_attention(lines):
-    products = sum(o * i for o, i in bench.matrices(TINY)) * TINY.num_layers
+    products = sum(o * i for o, i in measure.matrices(TINY)) * TINY.num_layers
     attention = 2 * 20**2 * TINY.num_heads * TINY.head_dim * TINY.num_layers
     flops = 3 * (2 * 20 * products + attention + 2 * TINY.vocab_size * TINY.embed_dim)
     assert lines[1]["prefill_flops_per_second"] * lines[1]["first_token_seconds"] == pytest.approx(flops)
@@ -65,21 +64,21 @@ def test_prefill_flops_are_those_of_the_products_and_of_half_the_attention(lines
 def test_int8_weights_are_counted_as_they_lie():
     subject = subject_of(quantize="int8")
     assert isinstance(subject.params["lm_head"], QArray)
-    weights = sum(o * i + 4 * o for o, i in bench.matrices(TINY)) * TINY.num_layers
+    weights = sum(o * i + 4 * o for o, i in measure.matrices(TINY)) * TINY.num_layers
     head = (TINY.embed_dim + 4) * TINY.vocab_size
     norms = 4 * TINY.embed_dim * (2 * TINY.num_layers + 1)
-    scales = 4 * (sum(o for o, _ in bench.matrices(TINY)) * TINY.num_layers + TINY.vocab_size)
-    assert bench.step_bytes(subject, 1, 0) == {"float32": scales + norms, "int8": weights + head - scales}
+    scales = 4 * (sum(o for o, _ in measure.matrices(TINY)) * TINY.num_layers + TINY.vocab_size)
+    assert measure.step_bytes(subject, 1, 0) == {"float32": scales + norms, "int8": weights + head - scales}
 
 
 def test_an_int8_cache_is_a_byte_a_value_and_a_scale_a_vector(floors_known):
     exact, rounded = subject_of(), subject_of(cache_dtype="int8")
     vectors = 2 * TINY.num_layers * 3 * TINY.num_kv_heads * 41
-    without = bench.step_bytes(exact, 3, 0)["float32"]
-    assert bench.step_bytes(exact, 3, 41) == {"float32": without + 4 * vectors * TINY.head_dim}
-    assert bench.step_bytes(rounded, 3, 41) == {"float32": without + 4 * vectors, "int8": vectors * TINY.head_dim}
-    (line,) = bench.measure(rounded, (3,))
-    assert line["cache_dtype"] == "int8" and line["step_bytes"] == sum(bench.step_bytes(rounded, 3, 41).values())
+    without = measure.step_bytes(exact, 3, 0)["float32"]
+    assert measure.step_bytes(exact, 3, 41) == {"float32": without + 4 * vectors * TINY.head_dim}
+    assert measure.step_bytes(rounded, 3, 41) == {"float32": without + 4 * vectors, "int8": vectors * TINY.head_dim}
+    (line,) = measure.measure(rounded, (3,))
+    assert line["cache_dtype"] == "int8" and line["step_bytes"] == sum(measure.step_bytes(rounded, 3, 41).values())
     assert line["floor_seconds"] == pytest.approx((without + 4 * vectors) / 1e8 + vectors * TINY.head_dim / 2e8)
 
 
@@ -88,14 +87,14 @@ def test_weights_are_divided_over_the_mesh():
     whole = subject_of(8, model=model, batch_sizes=(8,), mesh=dict(data=8, fsdp=1, tensor=1, dcn_data=1))
     parts = subject_of(8, model=model, mesh=dict(data=1, fsdp=1, tensor=8, dcn_data=1))
     norms = 4 * TINY.embed_dim * (2 * TINY.num_layers + 1)
-    (parts,), (whole,) = bench.step_bytes(parts, 8, 10).values(), bench.step_bytes(whole, 64, 10).values()
+    (parts,), (whole,) = measure.step_bytes(parts, 8, 10).values(), measure.step_bytes(whole, 64, 10).values()
     assert parts - norms == pytest.approx((whole - norms) / 8)
 
 
 def test_four_bits_are_half_a_byte():
     subject = subject_of(quantize="int4")
-    values = sum(o * i for o, i in bench.matrices(TINY)) * TINY.num_layers + TINY.vocab_size * TINY.embed_dim
-    assert bench.step_bytes(subject, 1, 0)["int8"] == values // 2
+    values = sum(o * i for o, i in measure.matrices(TINY)) * TINY.num_layers + TINY.vocab_size * TINY.embed_dim
+    assert measure.step_bytes(subject, 1, 0)["int8"] == values // 2
 
 
 def test_random_weights_have_the_models_shapes_and_differ():
@@ -107,7 +106,7 @@ def test_random_weights_have_the_models_shapes_and_differ():
 
 
 def test_floors_are_rates_of_the_products_asked_for(monkeypatch):
-    monkeypatch.setattr(bench.floors, "MOST_LAYERS", 2)
+    monkeypatch.setattr(measure.floors, "MOST_LAYERS", 2)
     found = measure_floors([(32, 16), (16, 48)], 64, ["float32", "int8"], jax.devices()[0])
     assert found.copy_bytes_per_second > 0
     assert found.matmul_flops_per_second.keys() == found.gemv_bytes_per_second.keys() == {"float32", "int8"}
@@ -168,6 +167,6 @@ def test_the_roof_is_the_slower_of_bytes_and_products(lines):
 
 
 def test_the_plot_is_a_picture(lines, tmp_path):
-    file = tmp_path / "bench.png"
+    file = tmp_path / "measure.png"
     bench_report.plot(lines, str(file))
     assert file.read_bytes()[:4] == b"\x89PNG" and file.stat().st_size > 5000

@@ -22,7 +22,6 @@ RESIDUAL_AXES = ACTIVATION_AXES | {"T": "residual_length"}  # of "BTD": what nor
 
 
 CPU_ROWS = 4  # that a single one is multiplied as on a CPU
-FEW_TOKENS = 16  # a row: up to here both operands are matrices on a CPU
 FEW_ROWS = 8  # up to here a weight whose scales belong to groups of inputs is multiplied group by group
 
 
@@ -92,24 +91,42 @@ def _by_itself(equation: str, x: Array, weight: Array | QArray) -> Array:
 
 
 def _multiplied(equation: str, x: Array, weight: Array) -> Array:
-    """The sums; of few tokens a row, x [B, T, ...], in the form that a platform's XLA is fast at."""
-    if x.shape[1] > FEW_TOKENS:
-        return _einsum(equation, x, weight)
-    flat, plain = (functools.partial(f, equation) for f in (_multiplied_flat, _einsum))
-    return jax.lax.platform_dependent(x, weight, cpu=flat, default=plain)
+    """_matmul of activations [B, T, ...], where a single row becomes several on a CPU.
 
-
-def _multiplied_flat(equation: str, x: Array, weight: Array) -> Array:
-    """Both as matrices, inputs last: with more axes a weight is transposed in memory at every step.
-
-    A single row becomes several: there is a kernel for one of float32 only; otherwise the whole weight is made float32 first.
+    There is a kernel for one row of float32 only; otherwise the whole weight is made float32 first.
     """
-    outputs = weight.shape[: len(_letters(equation)[2]) - 2]
-    B, T = x.shape[:2]
-    rows, matrix = x.reshape(B * T, -1), weight.reshape(math.prod(outputs), -1)
-    if len(rows) == 1 and x.dtype != jnp.float32:
-        rows = jnp.pad(rows, ((0, CPU_ROWS - 1), (0, 0)))
-    return _einsum("MI,OI->MO", rows, matrix)[: B * T].reshape(B, T, *outputs)
+    if x.shape[:2] != (1, 1) or x.dtype == jnp.float32:
+        return _matmul(equation, x, weight)
+
+    def padded(x: Array, weight: Array) -> Array:
+        rows = jnp.pad(x, ((0, 0), (0, CPU_ROWS - 1), *[(0, 0)] * (x.ndim - 2)))
+        return _einsum_of_matrices(equation, rows, weight)[:, :1]
+
+    return jax.lax.platform_dependent(x, weight, cpu=padded, default=functools.partial(_einsum, equation))
+
+
+def _matmul(equation: str, a: Array, b: Array) -> Array:
+    """The sums, in the form that a platform's XLA is fast at."""
+    matrices, plain = (functools.partial(f, equation) for f in (_einsum_of_matrices, _einsum))
+    return jax.lax.platform_dependent(a, b, cpu=matrices, default=plain)
+
+
+def _einsum_of_matrices(equation: str, a: Array, b: Array) -> Array:
+    """Axes that are summed together, or kept together, become one: XLA:CPU transposes what has more than two, in memory."""
+    letters_a, letters_b, letters = _letters(equation)
+    sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
+
+    def matrix(x: Array, own: str, letters: str, others: str) -> tuple[Array, str]:
+        names = ["I" if letter in others else own for letter in letters]
+        axes = "".join(dict.fromkeys(names))
+        shape = [math.prod(size for size, name in zip(x.shape, names, strict=True) if name == axis) for axis in axes]
+        return x.reshape(shape), axes
+
+    (a, axes_a), (b, axes_b) = matrix(a, "M", letters_a, letters_b), matrix(b, "O", letters_b, letters_a)
+    if axes_a[0] == axes_b[0] == "I" and b.dtype != jnp.float32:  # the one order that there is a kernel for in bfloat16
+        b, axes_b = jax.lax.optimization_barrier(b.T), "OI"
+    result = "MO" if letters[0] in letters_a else "OM"
+    return _einsum(f"{axes_a},{axes_b}->{result}", a, b).reshape([sizes[letter] for letter in letters])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -127,7 +144,7 @@ def _each(equations, x, weights, multiply):
 
 
 def _products_forward(equations, x, weights):
-    return _each(equations, x, weights, _einsum), (x, weights)  # rows that are trained on are many
+    return _each(equations, x, weights, _matmul), (x, weights)  # rows that are trained on are many
 
 
 def _products_backward(equations, saved, cotangents):
@@ -138,7 +155,7 @@ def _products_backward(equations, saved, cotangents):
     for equation, weight, cotangent in zip(equations, weights, cotangents, strict=True):
         _, letters_w, letters_y = _letters(equation)
         cotangent = constrain(cotangent.astype(x.dtype), *_axes(ACTIVATION_AXES, letters_y))
-        dx += _einsum(f"{letters_y},{letters_w}->{letters_x}", cotangent, _gathered(equation, weight, x.dtype))
+        dx += _matmul(f"{letters_y},{letters_w}->{letters_x}", cotangent, _gathered(equation, weight, x.dtype))
         dweights.append(_weight_gradient(equation, whole_x, cotangent).astype(weight.dtype))
     return _constrain_activation(dx, letters_x).astype(x.dtype), tuple(dweights)
 
@@ -148,7 +165,7 @@ def _weight_gradient(equation: str, x: Array, cotangent: Array) -> Array:
     letters_x, letters_w, letters_y = _letters(equation)
 
     def product(x: Array, cotangent: Array) -> Array:
-        return _einsum(f"{letters_x},{letters_y}->{letters_w}", x, cotangent)
+        return _matmul(f"{letters_x},{letters_y}->{letters_w}", x, cotangent)
 
     names = _axes(WEIGHT_AXES, letters_w)
     if "D" not in letters_w or not fsdp_is_wide():

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,18 +116,19 @@ def _einsum_of_matrices(equation: str, a: Array, b: Array) -> Array:
     """Axes that are summed together, or kept together, become one: XLA:CPU transposes what has more than two, in memory."""
     letters_a, letters_b, letters = _letters(equation)
     sizes = dict(zip(letters_a + letters_b, a.shape + b.shape, strict=True))
+    if letters[0] in letters_b:
+        a, b, letters_a, letters_b = b, a, letters_b, letters_a
+    (a, axis_a), (b, axis_b) = _matrix(a, letters_a, letters_b), _matrix(b, letters_b, letters_a)
+    if axis_a == axis_b == 0 and a.dtype != jnp.float32:  # there is no kernel for it
+        a, axis_a = jax.lax.optimization_barrier(a.T), 1
+    y = jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), **_sums(a.dtype))
+    return y.reshape([sizes[letter] for letter in letters])
 
-    def matrix(x: Array, own: str, letters: str, others: str) -> tuple[Array, str]:
-        names = ["I" if letter in others else own for letter in letters]
-        axes = "".join(dict.fromkeys(names))
-        shape = [math.prod(size for size, name in zip(x.shape, names, strict=True) if name == axis) for axis in axes]
-        return x.reshape(shape), axes
 
-    (a, axes_a), (b, axes_b) = matrix(a, "M", letters_a, letters_b), matrix(b, "O", letters_b, letters_a)
-    if axes_a[0] == axes_b[0] == "I" and b.dtype != jnp.float32:  # the one order that there is a kernel for in bfloat16
-        b, axes_b = jax.lax.optimization_barrier(b.T), "OI"
-    result = "MO" if letters[0] in letters_a else "OM"
-    return _einsum(f"{axes_a},{axes_b}->{result}", a, b).reshape([sizes[letter] for letter in letters])
+def _matrix(x: Array, letters: str, others: str) -> tuple[Array, int]:
+    """x as a matrix, and which of its axes is the one to sum over: of all letters that are in `others`, too."""
+    own = math.prod(size for size, letter in zip(x.shape, letters, strict=True) if letter not in others)
+    return (x.reshape(-1, own), 0) if letters[0] in others else (x.reshape(own, -1), 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -289,9 +291,12 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
 
 
 def _einsum(equation: str, a: Array, b: Array) -> Array:
-    """Summed in float32; in int32 of int8."""
-    sums = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
-    return jnp.einsum(equation, a, b, precision=precision(a.dtype), preferred_element_type=sums)
+    return jnp.einsum(equation, a, b, **_sums(a.dtype))
+
+
+def _sums(dtype: DTypeLike) -> dict[str, Any]:
+    """How products of this dtype are summed: in float32; in int32 of int8."""
+    return {"precision": precision(dtype), "preferred_element_type": jnp.int32 if dtype == jnp.int8 else jnp.float32}
 
 
 def _gathered(equation: str, weight: Array, dtype: DTypeLike) -> Array:

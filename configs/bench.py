@@ -34,4 +34,6 @@ def get_config(preset: str = "stories110m") -> ml_collections.ConfigDict:
     c.steps = 64  # decode steps timed, 8 at a time
     c.sampling = sampling()
     c.sampling.temperature = 0.0  # greedy
+    for name in ("logit_bias", "stop", "stop_ids", "ignore_eos", "logprobs"):  # no text ends; a bias takes what penalties do
+        del c.sampling[name]
     return c

@@ -85,7 +85,7 @@ def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = 
         )
     device = mesh.devices.flat[0]
     kernels = dtype == "float32" or choose_attention("auto", device, cfg.head_dim, lambda line: print(line, file=sys.stderr))
-    asked = Settings(max_new_tokens=needed - prompt, **{k: v for k, v in config["sampling"].items() if k != "logit_bias"})
+    asked = Settings(max_new_tokens=needed - prompt, **config["sampling"])
     params = random_params(cfg, mesh, dtype, quantize)
     return Subject(cfg, params, mesh, dtype, quantize, config["cache_dtype"], asked, prompt, context, steps, kernels)
 

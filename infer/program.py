@@ -40,7 +40,7 @@ def settings(config: ml_collections.ConfigDict, max_new_tokens: int | None = Non
     import llama_jax
 
     values = config.sampling.to_dict()
-    values["logit_bias"] = _parse_bias(values["logit_bias"])
+    values["logit_bias"] = _parse_bias(values.get("logit_bias", ""))
     new = config.max_new_tokens if max_new_tokens is None else max_new_tokens
     return llama_jax.Settings(max_new_tokens=new, **values)
 

@@ -10,12 +10,12 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from configs.sample import mesh, sampling
+from llama_jax.choices import check_preset
 from llama_jax.config import PRESETS
 
 
 def get_config(preset: str = "stories110m") -> ml_collections.ConfigDict:
-    if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    check_preset(preset, PRESETS)
     c = ml_collections.ConfigDict()
     c.model = dataclasses.asdict(PRESETS[preset])
     c.dtype = "bfloat16"  # of weights and activations: bfloat16, float32, float16
@@ -34,4 +34,6 @@ def get_config(preset: str = "stories110m") -> ml_collections.ConfigDict:
     c.steps = 64  # decode steps timed, 8 at a time
     c.sampling = sampling()
     c.sampling.temperature = 0.0  # greedy
+    for name in ("logit_bias", "stop", "stop_ids", "ignore_eos", "logprobs"):  # no text ends; a bias takes what penalties do
+        del c.sampling[name]
     return c

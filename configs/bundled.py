@@ -12,6 +12,7 @@ import dataclasses
 import ml_collections
 
 from configs import pretrain
+from llama_jax.choices import check_preset
 from llama_jax.config import ModelConfig
 
 FOLDER = "build/bundled"
@@ -37,8 +38,7 @@ RUNS = {  # rows of a step, passes over the data, peak learning rate, warm-up st
 
 
 def get_config(preset: str = "pretrain") -> ml_collections.ConfigDict:
-    if preset not in RUNS:
-        raise ValueError(f"no preset {preset!r}; there are {', '.join(RUNS)}")
+    check_preset(preset, RUNS)
     batch_size, epochs, peak_lr, warmup_steps = RUNS[preset]
     stage = preset.removesuffix("_gpu")
     c = pretrain.get_config("tiny")

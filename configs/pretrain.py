@@ -12,6 +12,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from configs.sample import BUNDLED
+from llama_jax.choices import check_preset
 from llama_jax.config import PRESETS
 
 BATCH_TOKENS = 4 * 2**20
@@ -27,8 +28,7 @@ LENGTHS = {"llama3": 8192}  # of training, where the context was stretched after
 
 
 def get_config(preset: str = "llama2_7b") -> ml_collections.ConfigDict:
-    if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    check_preset(preset, PRESETS)
     model = PRESETS[preset]
     peak_lr, tokens = PUBLISHED.get(preset, (3e-4, 100 * model.num_params))
     length = min(model.max_length, next((n for family, n in LENGTHS.items() if preset.startswith(family)), 4096))

@@ -11,13 +11,13 @@ from ml_collections.config_dict import placeholder
 
 from configs import pretrain
 from configs.sample import BUNDLED
+from llama_jax.choices import check_preset
 
 PRESETS = ("full", "tiny")
 
 
 def get_config(preset: str = "full") -> ml_collections.ConfigDict:
-    if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}: the model is that of init_from")
+    check_preset(preset, PRESETS, "the model is that of init_from")
     c = ml_collections.ConfigDict()
     c.init_from = placeholder(str)  # a checkpoint, or Meta's or Hugging Face's files
     c.tokenizer = placeholder(str)  # its file or folder; that of init_from when not given

@@ -9,12 +9,12 @@ import ml_collections
 
 from configs import pretrain
 from configs.lora import lora
+from llama_jax.choices import check_preset
 from llama_jax.config import PRESETS
 
 
 def get_config(preset: str = "stories110m") -> ml_collections.ConfigDict:
-    if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    check_preset(preset, PRESETS)
     model = PRESETS[preset]
     c = ml_collections.ConfigDict()
     c.model = dataclasses.asdict(model)

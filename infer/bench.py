@@ -11,9 +11,11 @@ With a draft, a line for plain text and one for repetitive text: tokens a step, 
 
 import json
 import sys
+from collections.abc import Iterable
 
 import ml_collections
 from absl import flags
+from ml_collections import config_flags
 
 from infer import program
 from llama_jax import distributed
@@ -22,14 +24,25 @@ from llama_jax.errors import ExitCode, LlamaError
 CONFIG = program.define_config()
 COMPARE = flags.DEFINE_string("compare", None, "file of lines that an earlier run printed: says what has changed")
 PLOT = flags.DEFINE_string("plot", None, "file (.png) for a plot of tokens/s against batch size under the floors' roofline")
+OF_BATCHES = ("model", "batch_sizes", "context")
+OF_GUESSES = ("checkpoint", "adapter", "tokenizer", "max_length", "draft_tokens")
 
 
 def main() -> None:
     """Prints a line for each batch size, or of guesses for each text."""
+    check_read(config_flags.get_override_values(flags.FLAGS["config"]), CONFIG.value.draft)
     if CONFIG.value.draft:
         _print_guesses(CONFIG.value)
     else:
         _print_batches(CONFIG.value)
+
+
+def check_read(keys: Iterable[str], draft: str) -> None:
+    """Raises LlamaError where a key that was given says nothing with this draft, or without one."""
+    unread = OF_BATCHES if draft else OF_GUESSES
+    if given := [key for key in keys if key.partition(".")[0] in unread]:
+        why = "with a draft: one sequence is measured" if draft else "without a draft: random weights are measured"
+        raise LlamaError(ExitCode.BAD_REQUEST, f"nothing reads {', '.join(given)} {why}; leave it out")
 
 
 def _print_batches(config: ml_collections.ConfigDict) -> None:

@@ -13,12 +13,11 @@ from infer.divergence import Divergence, StoredLogits, log_softmax, measure, pre
 from infer.windows import check_windows
 from llama_jax import distributed
 from llama_jax.checkpoint.quantized import innermost
-from llama_jax.checkpoint.source import Source
 from llama_jax.checkpoint.store import Checkpoint
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.draft import first_difference
 from llama_jax.generation.llama import Llama
-from llama_jax.generation.load import open_weights, tokenizer_of
+from llama_jax.generation.load import Prepared
 from llama_jax.generation.reading import common_length
 from llama_jax.generation.request import Settings
 from llama_jax.text.chat import stop_ids
@@ -79,7 +78,7 @@ class Comparison(NamedTuple):
 
 def compare(
     config: ml_collections.ConfigDict,
-    sides: Sequence[tuple[ml_collections.ConfigDict, Checkpoint | Source]],
+    sides: Sequence[Prepared],
     tokenizer: Tokenizer,
     texts: Sequence[tuple[str, str]],
     prompts: Sequence[str],
@@ -88,7 +87,7 @@ def compare(
     """Runs one model after the other, each in memory alone.
 
     Args:
-        sides: a and b, as program.load takes them, and opened.
+        sides: a and b.
         texts: (name, text); none: a's samples.
         prompts: none: the beginnings of the texts, or no text at all.
     """
@@ -97,10 +96,11 @@ def compare(
     if rows and not prompts:
         starts = [row[: max(1, min(BEGINNING_TOKENS, len(row) // 2))] for _, row in rows[:NUM_BEGINNINGS]]
 
-    llama = program.load(sides[0][0])
-    window, stride = check_windows(config.window or min(MOST_WINDOW, llama.max_length), config.stride, llama.max_length)
+    a, b = sides
+    window, stride = check_windows(config.window or min(MOST_WINDOW, a.max_length), config.stride, a.max_length)
+    llama = a.load()
     with StoredLogits(llama.config.vocab_size) as stored:
-        facts, samples = [describe(*sides[0], llama)], _samples(llama, starts, settings)
+        facts, samples = [describe(a, config.a.adapter, llama)], _samples(llama, starts, settings)
         places = [stored.append(_answer_logits(llama, sample)) for sample in samples]
         own = [(f"{one.kind} text {i // 2 + 1} of a", [*one.prompt, *one.tokens]) for i, one in enumerate(samples)]
         rows = _cut(rows or own, config.max_tokens)
@@ -108,8 +108,8 @@ def compare(
         for block in predictions(llama, [row for _, row in rows], window, stride):
             stored.append(block)
         del llama  # before the other one is read
-        llama = program.load(sides[1][0])
-        facts.append(describe(*sides[1], llama))
+        llama = b.load()
+        facts.append(describe(b, config.b.adapter, llama))
         pairs = list(zip(samples, _samples(llama, starts, settings), strict=True))
         ends = list(stop_ids(tokenizer, ""))
         forks = [fork(llama, stored, place, ends, *pair) for place, pair in zip(places, pairs, strict=True)]
@@ -138,8 +138,9 @@ def fork(llama: Llama, stored: StoredLogits, place: int, ends: list[int], a: Sam
     return Fork(at, tokens, tuple(found))
 
 
-def describe(side: ml_collections.ConfigDict, opened: Checkpoint | Source, llama: Llama) -> dict[str, Any]:
+def describe(side: Prepared, adapter: str, llama: Llama) -> dict[str, Any]:
     """What a model is, for the report; bytes: of the arrays in memory, over all devices."""
+    opened = side.opened
     if isinstance(opened, Checkpoint):
         source, made_by, quantize = opened.source, opened.command, opened.quantize
     else:
@@ -147,7 +148,7 @@ def describe(side: ml_collections.ConfigDict, opened: Checkpoint | Source, llama
     cfg, leaves = llama.config, jax.tree.leaves(llama.params)
     return {
         "checkpoint": str(opened.path),
-        "adapter": side.adapter,
+        "adapter": adapter,
         "base": str(innermost(opened).path) if innermost(opened) is not opened else "",
         "parameters": cfg.num_params,
         "layers": cfg.num_layers,
@@ -179,19 +180,23 @@ def summary(comparison: Comparison, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"a": comparison.facts[0], "b": comparison.facts[1]} | numbers | {"samples": samples}
 
 
-def open_sides(
-    config: ml_collections.ConfigDict, checkpoints: Sequence[str]
-) -> tuple[list[tuple[ml_collections.ConfigDict, Checkpoint | Source]], Tokenizer]:
-    """Both sides, as `compare` takes them, and the tokenizer they share."""
-    given = [config.a.to_dict() | {"checkpoint": checkpoints[0]}, config.b.to_dict() | {"checkpoint": checkpoints[1]}]
-    a, b = (open_weights(side["checkpoint"], side["adapter"]) for side in given)
+def open_sides(config: ml_collections.ConfigDict, checkpoints: Sequence[str]) -> tuple[list[Prepared], Tokenizer]:
+    """Both sides, of which nothing is read yet, and the tokenizer they share.
+
+    Raises:
+        LlamaError: a setting of either cannot be, or they cannot be compared.
+    """
+    shared = {name: config[name] for name in ("mesh", "max_length", "batch_size")}
+    given = [dict(side) | shared | {"checkpoint": path} for side, path in zip((config.a, config.b), checkpoints, strict=True)]
+    sides = [program.prepare(ml_collections.ConfigDict(side)) for side in given]
+    a, b = (side.opened for side in sides)
     if a.config.vocab_size != b.config.vocab_size:
         raise LlamaError(
             ExitCode.VOCAB_MISMATCH,
             f"{a.path} has a vocabulary of {a.config.vocab_size:,} tokens, {b.path} of {b.config.vocab_size:,}: only models of "
             "the same tokens can be compared",
         )
-    tokenizers = [tokenizer_of(opened, side["tokenizer"]) for opened, side in zip((a, b), given, strict=True)]
+    tokenizers = [side.tokenizer for side in sides]
     if all(tokenizers) and (differs := first_difference(*tokenizers)):
         raise LlamaError(
             ExitCode.VOCAB_MISMATCH,
@@ -199,13 +204,8 @@ def open_sides(
         )
     if not any(tokenizers):
         raise LlamaError(ExitCode.BAD_TOKENIZER, "neither model has a tokenizer: --config.a.tokenizer=FILE")
-    shared = {
-        "mesh": config.mesh.to_dict(),
-        "max_length": config.max_length or min(a.config.max_length, b.config.max_length),
-        "batch_size": config.batch_size,
-    }
-    sides = [ml_collections.ConfigDict(side | shared) for side in given]
-    return list(zip(sides, (a, b), strict=True)), tokenizers[0] or tokenizers[1]
+    length = min(side.max_length for side in sides)
+    return [dataclasses.replace(side, max_length=length) for side in sides], tokenizers[0] or tokenizers[1]
 
 
 def _samples(llama: Llama, starts: Sequence[list[int]], settings: Settings) -> list[Sample]:

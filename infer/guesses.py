@@ -31,7 +31,7 @@ def measure_guesses(llama: llama_jax.Llama, config: ml_collections.ConfigDict) -
     cfg, guessing = llama.config, llama.engine
     settings = dataclasses.replace(program.settings(config, config.steps), ignore_eos=True)
     if settings.needs_history:
-        raise LlamaError(ExitCode.BAD_REQUEST, "with penalties or a bias nothing is guessed: measure without them")
+        raise LlamaError(ExitCode.BAD_REQUEST, "with penalties nothing is guessed: measure without them")
     plain = Engine(
         cfg,
         guessing.params,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from infer import floors
-from llama_jax.choices import METHODS
+from llama_jax.checkpoint.quantized import check_quantize
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation import programs
@@ -61,8 +61,7 @@ def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = 
     prompt, steps, dtype, quantize = (config[name] for name in ("prompt_length", "steps", "dtype", "quantize"))
     if dtype not in floors.OPERANDS or dtype == "int8":
         raise LlamaError(ExitCode.BAD_REQUEST, f"dtype is {dtype!r}, expected bfloat16, float32 or float16")
-    if quantize not in ("", *METHODS):
-        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or nothing")
+    check_quantize(quantize)
     check_cache_dtype(config["cache_dtype"])
     if min(prompt, steps, *config["batch_sizes"]) < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, "prompt_length, steps and batch_sizes are numbers from 1 up")
@@ -86,7 +85,7 @@ def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = 
         )
     device = mesh.devices.flat[0]
     kernels = dtype == "float32" or choose_attention("auto", device, cfg.head_dim, lambda line: print(line, file=sys.stderr))
-    asked = Settings(max_new_tokens=needed - prompt, **{k: v for k, v in config["sampling"].items() if k != "logit_bias"})
+    asked = Settings(max_new_tokens=needed - prompt, **config["sampling"])
     params = random_params(cfg, mesh, dtype, quantize)
     return Subject(cfg, params, mesh, dtype, quantize, config["cache_dtype"], asked, prompt, context, steps, kernels)
 

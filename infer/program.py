@@ -7,17 +7,22 @@ import ml_collections
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.program import define_config, run
 
-__all__ = ["define_config", "load", "run", "settings"]
+__all__ = ["define_config", "load", "prepare", "run", "settings"]
 
 
 def load(config: ml_collections.ConfigDict) -> Any:
     """The model that a program's config names."""
-    import llama_jax
+    return prepare(config).load()
+
+
+def prepare(config: ml_collections.ConfigDict) -> Any:
+    """What `load` reads, opened and checked (llama_jax.generation.load.Prepared)."""
+    from llama_jax.generation.load import prepare
 
     if not config.checkpoint:
         raise LlamaError(ExitCode.BAD_REQUEST, "no checkpoint: --config.checkpoint=DIR names one that llama_jax.convert made")
     more = {name: config[name] for name in ("batch_size", "draft", "draft_tokens") if name in config}
-    return llama_jax.load(
+    return prepare(
         config.checkpoint,
         mesh=config.mesh.to_dict(),
         dtype=config.dtype,
@@ -35,7 +40,7 @@ def settings(config: ml_collections.ConfigDict, max_new_tokens: int | None = Non
     import llama_jax
 
     values = config.sampling.to_dict()
-    values["logit_bias"] = _parse_bias(values["logit_bias"])
+    values["logit_bias"] = _parse_bias(values.get("logit_bias", ""))
     new = config.max_new_tokens if max_new_tokens is None else max_new_tokens
     return llama_jax.Settings(max_new_tokens=new, **values)
 

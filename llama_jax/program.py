@@ -43,6 +43,10 @@ def run(main: Callable[[], None]) -> None:
             said = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
             if "Did you mean" in said:  # a KeyError of ml_collections, quoted twice
                 said = "unknown key " + said.replace("'", "").replace(" Did you", ". Did you")
+            if "get_config() takes 0 positional arguments" in said:  # the end of a traceback
+                said = (
+                    said.partition(": Error whilst")[0] + ": this file has no presets, leave out the colon and what follows it"
+                )
             raise LlamaError(ExitCode.BAD_REQUEST, f"{said} (--help lists the flags, the config file its keys)") from None
 
     logging.set_verbosity(logging.WARNING)

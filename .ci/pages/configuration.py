@@ -20,9 +20,9 @@ TITLE = """# Configuration
 
 Written by `python .ci/docs.py write` from `configs/` and the dataclasses that read them; nothing here is edited by hand.
 
-A program takes `--config=configs/FILE.py` or `--config=configs/FILE.py:PRESET`, and any key as `--config.KEY=VALUE`. A key that
-does not exist is refused, with the nearest that does. Lists are given as `--config.sampling.stop='("END",)'`. Defaults are
-those of a file without a preset; `""` or none means that nothing is given.
+A program takes `--config=configs/FILE.py` or `--config=configs/FILE.py:PRESET`, and any key as `--config.KEY=VALUE`. A preset
+or key that does not exist is refused, with the nearest that does. Lists are given as `--config.sampling.stop='("END",)'`.
+Defaults are those of a file without a preset; `""` or none means that nothing is given.
 """
 GROUPS = {  # group of a config -> the dataclasses that read it
     "mesh": [("llama_jax/mesh.py", "MeshShape")],

@@ -19,7 +19,6 @@ from llama_jax.checkpoint.adapter import Stored, reader
 from llama_jax.checkpoint.layout import META, Source, leaf_of, names, shapes
 from llama_jax.checkpoint.quantized import QuantizedReader, check_method, named_parts, quantized_form
 from llama_jax.checkpoint.store import Checkpoint, stored_names, to_flat, to_tree
-from llama_jax.choices import METHODS
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.mesh import padded_vocab
@@ -46,8 +45,6 @@ def load_params(
         LlamaError: an array is missing, damaged, or of another shape than the config says; or the weights are stored in another
             method.
     """
-    if quantize not in ("", *METHODS):
-        raise LlamaError(ExitCode.BAD_REQUEST, f'quantize is {quantize!r}, expected "" or one of {", ".join(METHODS)}')
     check_method(opened, quantize)
     targets = _targets(opened.config, dtype, mesh, scan)
     on_disk = shapes(opened.config)

@@ -16,6 +16,7 @@ import numpy as np
 
 from llama_jax.checkpoint.layout import META, Source, leaf_of, names, shapes
 from llama_jax.checkpoint.store import ArrayReader, Checkpoint, StoredArray
+from llama_jax.choices import METHODS
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model import quantize_leaf
@@ -38,8 +39,15 @@ def innermost(opened: Checkpoint | Source) -> Checkpoint | Source:
     return opened
 
 
+def check_quantize(quantize: str) -> None:
+    """Raises LlamaError where there is no such method; "" is none."""
+    if quantize not in ("", *METHODS):
+        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or None for none")
+
+
 def check_method(opened: Checkpoint | Source, quantize: str) -> None:
-    """Refuses a method that is not the one of the weights on disk; "" is as they are."""
+    """Refuses what is no method, and one that is not that of the weights on disk; "" is as they are."""
+    check_quantize(quantize)
     stored = stored_method(opened)
     if stored and quantize not in ("", stored):
         base = innermost(opened)

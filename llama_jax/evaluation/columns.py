@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_jax.choices import check_preset
 from llama_jax.errors import ExitCode, LlamaError
 
 FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<column>\w+))?")
@@ -95,15 +96,13 @@ def load_column(text: str, model: str = "") -> Column:
         LlamaError: there is no such file, column or model.
     """
     found = FILE.fullmatch(text)
-    path, column = Path(found["path"]), found["column"]
+    path, column = Path(found["path"]), found["column"] or ""
     if not path.is_file():
         raise LlamaError(ExitCode.BAD_REQUEST, f"--config: no file {path}")
     spec = importlib.util.spec_from_file_location("llama_jax_eval_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if column not in module.COLUMNS:
-        came = f"no column {column}" if column else "which column?"
-        raise LlamaError(ExitCode.BAD_REQUEST, f"--config {path}: {came}; there are {', '.join(module.COLUMNS)}")
+    check_preset(column, module.COLUMNS)
     config = module.get_config(column).to_dict()
     loaded = Column(
         name=config["name"],

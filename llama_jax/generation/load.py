@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -16,7 +16,7 @@ from llama_jax.checkpoint.peft import is_peft, read_peft
 from llama_jax.checkpoint.quantized import check_method, stored_method
 from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
-from llama_jax.choices import CACHE_DTYPES, COMPUTE_DTYPES, METHODS
+from llama_jax.choices import CACHE_DTYPES, COMPUTE_DTYPES
 from llama_jax.config import ModelConfig
 from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError
@@ -75,51 +75,131 @@ def load(
     Raises:
         LlamaError: there is no complete checkpoint, or a setting is out of range.
     """
+    prepared = prepare(
+        checkpoint,
+        mesh=mesh,
+        dtype=dtype,
+        quantize=quantize,
+        cache_dtype=cache_dtype,
+        max_length=max_length,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        adapter=adapter,
+        draft=draft,
+        draft_tokens=draft_tokens,
+    )
+    return prepared.load()
+
+
+def prepare(
+    checkpoint: epath.PathLike,
+    *,
+    mesh: MeshShape | Mapping[str, int] | None,
+    dtype: str,
+    quantize: str | None,
+    cache_dtype: str,
+    max_length: int,
+    tokenizer: str | Path | None,
+    batch_size: int = 16,
+    adapter: epath.PathLike = "",
+    draft: str = "",
+    draft_tokens: int = 0,
+) -> "Prepared":
+    """What `load` does before it reads weights: opens them, checks its arguments, and says what a user should know."""
     opened = open_weights(checkpoint, adapter)
     dtype = compute_dtype(opened, dtype)
-    _check(max_length, quantize, cache_dtype, batch_size)
+    _check(max_length, cache_dtype, batch_size)
     check_method(opened, quantize or "")
     check_draft(draft, draft_tokens)
     small = open_weights(draft) if draft not in ("", LOOKUP) else None
-    if max_length > opened.config.max_length:
-        note(f"warning: max_length {max_length:,} is beyond the {opened.config.max_length:,} tokens this model was made for")
-    keep_compiled_programs()
-    devices = _mesh(opened.config, mesh)
     text = tokenizer_of(opened, tokenizer)
-    device = jax.local_devices()[0]
-    method = quantize or getattr(opened, "quantize", "")
-    if stored_method(opened) and not method:
-        note(f"note: {stored_method(opened)} weights and an adapter become floats together; quantize rounds their sum")
-    if device.platform == "cpu" and method not in ("", "w8a8"):
-        note(f"note: on a CPU {method} weights are made float at every step, which is slow: w8a8 is what it multiplies fast")
-    shared = dict(
-        max_length=max_length or opened.config.max_length,
-        mesh=devices,
-        kernels=dtype == "float32" or choose_attention("auto", device, opened.config.head_dim, note),
-        cache_dtype=cache_dtype,
-    )
-    guesses = lookup(draft_tokens) if draft == LOOKUP else None
     if small:
         check_same_tokens(small.config, tokenizer_of(small), opened.config, text)
-        guesses = draft_model(small, dtype, "" if stored_method(small) else quantize or "", draft_tokens, **shared)
-    return Llama(
-        config=opened.config,
-        params=load_params(opened, DTYPES[dtype], mesh=devices, quantize=quantize or ""),
+    prepared = Prepared(
+        opened=opened,
+        small=small,
         tokenizer=text,
-        chat_format=chat_format_of_weights(opened, text),
+        mesh=_mesh(opened.config, mesh),
+        dtype=dtype,
+        quantize=quantize or "",
+        cache_dtype=cache_dtype,
+        max_length=max_length or opened.config.max_length,
         batch_size=batch_size,
-        guesses=guesses,
-        **shared,
+        draft=draft,
+        draft_tokens=draft_tokens,
     )
+    for line in prepared.notes():
+        note(line)
+    return prepared
 
 
-def _check(max_length: int, quantize: str | None, cache_dtype: str, batch_size: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model that can be loaded: weights that are open, and settings that they allow, as `load` explains them.
+
+    Attributes:
+        opened: the weights.
+        small: those of a draft that is a model.
+        tokenizer: None where there is none.
+        mesh: None for one device.
+        dtype: one of COMPUTE_DTYPES.
+    """
+
+    opened: Checkpoint | Source
+    small: Checkpoint | Source | None
+    tokenizer: Tokenizer | None
+    mesh: Mesh | None
+    dtype: str
+    quantize: str
+    cache_dtype: str
+    max_length: int
+    batch_size: int
+    draft: str
+    draft_tokens: int
+
+    def notes(self) -> Iterator[str]:
+        """What a user should know of the settings before they cost anything."""
+        longest = self.opened.config.max_length
+        stored, method = stored_method(self.opened), self.quantize or getattr(self.opened, "quantize", "")
+        if self.max_length > longest:
+            yield f"warning: max_length {self.max_length:,} is beyond the {longest:,} tokens this model was made for"
+        if stored and not method:
+            yield f"note: {stored} weights and an adapter become floats together; quantize rounds their sum"
+        if method not in ("", "w8a8") and jax.local_devices()[0].platform == "cpu":
+            yield (
+                f"note: on a CPU {method} weights are made float at every step, which is slow: w8a8 is what it multiplies fast"
+            )
+
+    def load(self) -> Llama:
+        """Reads the weights to where they are computed with."""
+        keep_compiled_programs()
+        config, device = self.opened.config, jax.local_devices()[0]
+        shared = dict(
+            max_length=self.max_length,
+            mesh=self.mesh,
+            kernels=self.dtype == "float32" or choose_attention("auto", device, config.head_dim, note),
+            cache_dtype=self.cache_dtype,
+        )
+        guesses = lookup(self.draft_tokens) if self.draft == LOOKUP else None
+        if self.small:
+            method = "" if stored_method(self.small) else self.quantize
+            guesses = draft_model(self.small, self.dtype, method, self.draft_tokens, **shared)
+        return Llama(
+            config=config,
+            params=load_params(self.opened, DTYPES[self.dtype], mesh=self.mesh, quantize=self.quantize),
+            tokenizer=self.tokenizer,
+            chat_format=chat_format_of_weights(self.opened, self.tokenizer),
+            batch_size=self.batch_size,
+            guesses=guesses,
+            **shared,
+        )
+
+
+def _check(max_length: int, cache_dtype: str, batch_size: int) -> None:
     if not 0 <= max_length <= 2**20:
         raise LlamaError(
             ExitCode.BAD_REQUEST, f"max_length is {max_length}, expected 1 to {2**20}, or 0 for the model's context"
         )
-    if quantize not in (None, "", *METHODS):
-        raise LlamaError(ExitCode.BAD_REQUEST, f"quantize is {quantize!r}, expected {', '.join(METHODS)}, or None for none")
     check_cache_dtype(cache_dtype)
     if batch_size < 1:
         raise LlamaError(ExitCode.BAD_REQUEST, f"batch_size is {batch_size}, expected at least 1")

@@ -229,5 +229,5 @@ def test_more_layers_than_there_are_are_refused(small):
 
 
 def test_an_unknown_quantisation_is_refused(small):
-    with pytest.raises(LlamaError, match=r'quantize is \'int3\', expected "" or one of int8, w8a8, int4, fp8'):
+    with pytest.raises(LlamaError, match="quantize is 'int3', expected int8, w8a8, int4, fp8, or None"):
         load_params(Checkpoint.open(small / "ours"), np.dtype(np.float32), quantize="int3")

@@ -1,19 +1,31 @@
 """infer.bench: what it prints is what was timed, and its bytes and shares are counted right."""
 
 import dataclasses
+import importlib
 import json
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
+from configs import sample
 from configs.bench import get_config
-from infer import bench_report, measure
+from infer import bench_report, measure, program
 from infer.floors import Floors, measure_floors
 from llama_jax.config import PRESETS
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.generation.request import Settings
 from llama_jax.model import param_shapes
 from llama_jax.ops.qarray import QArray
+from tests.infer import test_program
+
+with (  # the flag `config` is that of other programs, too, which a process can define once
+    mock.patch.object(program, "define_config"),
+    mock.patch.object(flags, "DEFINE_string"),
+):
+    bench = importlib.import_module("infer.bench")
 
 TINY = PRESETS["tiny"]
 FLOORS = Floors(1e9, {"float32": 4e9, "int8": 8e9}, {"float32": 1e8, "int8": 2e8})
@@ -130,14 +142,45 @@ def test_settings_that_cannot_be_are_refused(changes, words):
     assert refused.value.code == ExitCode.BAD_REQUEST
 
 
+def test_sampling_settings_that_change_no_timing_are_not_there():
+    unread = {"logit_bias", "stop", "stop_ids", "ignore_eos", "logprobs"}
+    assert set(get_config().sampling) == set(sample.sampling()) - unread
+    assert program.settings(get_config(), 8) == Settings(max_new_tokens=8, temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "draft", "words"),
+    [
+        (["checkpoint", "steps", "max_length"], "", "nothing reads checkpoint, max_length without a draft: random weights"),
+        (["adapter"], "", "nothing reads adapter without"),
+        (["tokenizer"], "", "nothing reads tokenizer without"),
+        (["draft_tokens"], "", "nothing reads draft_tokens without"),
+        (["draft", "batch_sizes"], "lookup", "nothing reads batch_sizes with a draft: one sequence"),
+        (["context"], "lookup", "nothing reads context with"),
+        (["model.num_layers"], "lookup", "nothing reads model.num_layers with"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(keys, draft, words):
+    with pytest.raises(LlamaError, match=words) as refused:
+        bench.check_read(keys, draft)
+    assert refused.value.code == ExitCode.BAD_REQUEST
+
+
+@pytest.mark.parametrize("draft", ["", "lookup"])
+def test_every_key_is_read_with_a_draft_or_without(draft):
+    unread = (bench.OF_GUESSES, bench.OF_BATCHES)[bool(draft)]
+    bench.check_read([key for key in get_config() if key not in unread], draft)
+    assert set(unread) < set(get_config())
+
+
+def test_keys_of_the_command_line_are_looked_at():
+    done = test_program.run("bench", "--config.checkpoint=DIR", "--config.steps=8")
+    test_program.assert_one_line_on_stderr(done, ExitCode.BAD_REQUEST, "nothing reads checkpoint without a draft")
+
+
 def test_rows_that_the_mesh_does_not_divide_are_refused():
     with pytest.raises(LlamaError, match="multiples of data"):
         subject_of(8, mesh=dict(data=8, fsdp=1, tensor=1, dcn_data=1))
-
-
-def test_a_preset_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="no preset 'huge'; there are llama1_7b"):
-        get_config("huge")
 
 
 def test_two_runs_are_compared_line_by_line(lines, tmp_path):

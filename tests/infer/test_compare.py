@@ -1,5 +1,6 @@
 """infer.compare: numbers that a float64 Llama finds, too; one model in memory at a time; a page that is safe and complete."""
 
+import dataclasses
 import errno
 import html.parser
 import importlib
@@ -23,9 +24,12 @@ from infer.divergence import BLOCK, Divergence, Position, StoredLogits, likelies
 from llama_jax.checkpoint.adapter import adapter_record, save_adapter
 from llama_jax.checkpoint.save import Leaf, save_checkpoint
 from llama_jax.checkpoint.store import Checkpoint, to_flat, to_tree
+from llama_jax.commands.quantize import quantize
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.generation import load
 from llama_jax.generation.request import Settings
 from llama_jax.model import LoraConfig, adapter_shapes, merge_adapter
+from tests.checkpoint.make import write_huggingface
 from tests.generation.make import CFG, tokenizer_of
 from tests.infer import test_program
 from tests.model.make import params_of, reference_of
@@ -73,6 +77,11 @@ def models(tmp_path_factory):
     base = write(folder / "a", params_of(CFG), tokenizer=tokenizer)
     write(folder / "b", other_params(), tokenizer=tokenizer)
     write(folder / "bare", params_of(CFG))
+    quantize(folder / "a", folder / "int4", "int4")
+    write_huggingface(folder / "source", CFG, {name: np.asarray(value) for name, value in to_flat(params_of(CFG)).items()})
+    config = json.loads((folder / "source" / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (folder / "source" / "config.json").write_text(json.dumps(config))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     for name, text in zip(("long.txt", "short.txt"), TEXTS, strict=True):
         (folder / name).write_text(text)
@@ -218,14 +227,14 @@ def test_a_long_text_is_cut_and_it_is_said(run, capsys):
 
 
 def test_one_model_is_in_memory_at_a_time(run, monkeypatch):
-    loaded, load = [], program.load
+    loaded, read = [], load.Prepared.load
 
-    def watched(config):
+    def watched(side):
         assert all(one() is None for one in loaded)
-        loaded.append(weakref.ref(llama := load(config)))
+        loaded.append(weakref.ref(llama := read(side)))
         return llama
 
-    monkeypatch.setattr(program, "load", watched)
+    monkeypatch.setattr(load.Prepared, "load", watched)
     run(prompt=["She"])
     assert len(loaded) == 2
 
@@ -237,7 +246,7 @@ def refused(run, match, code=ExitCode.BAD_REQUEST, **given):
 
 
 def test_what_cannot_be_compared_is_refused_before_a_model_is_read(run, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "load", None)
+    monkeypatch.setattr(load.Prepared, "load", None)
     refused(run, "no model a: --a=DIR", a=None)
     refused(run, "no model b: --b=DIR", b=None)
     refused(run, "no --output", output=None)
@@ -248,13 +257,53 @@ def test_what_cannot_be_compared_is_refused_before_a_model_is_read(run, models, 
     refused(run, "neither model has a tokenizer", ExitCode.BAD_TOKENIZER, a="bare", b="bare")
 
 
+@pytest.mark.parametrize("side", ["a", "b"])
+@pytest.mark.parametrize(
+    ("setting", "value", "match"),
+    [
+        ("quantize", "nonsense", "quantize is 'nonsense', expected int8"),
+        ("quantize", "int8", "holds int4 weights, and quantize is 'int8'"),
+        ("cache_dtype", "int4", "cache_dtype is 'int4', expected auto"),
+        ("dtype", "int8", "dtype is 'int8', expected auto"),
+    ],
+)
+def test_a_setting_of_either_side_is_refused_before_a_model_is_read(run, monkeypatch, side, setting, value, match):
+    monkeypatch.setattr(load.Prepared, "load", None)
+    refused(run, match, **{side: "int4", f"{side}__{setting}": value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"mesh__tensor": 3}, "tensor=3"),
+        ({"max_length": -1}, "max_length is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"window": 1}, "window is 1"),
+        ({"window": 8, "stride": 8}, "stride is 8"),
+    ],
+)
+def test_what_both_sides_share_is_refused_before_a_model_is_read(run, monkeypatch, settings, match):
+    monkeypatch.setattr(load.Prepared, "load", None)
+    code = ExitCode.BAD_MESH if "mesh__tensor" in settings else ExitCode.BAD_REQUEST
+    refused(run, match, code, **settings)
+
+
+def test_what_is_assumed_of_weights_that_were_not_converted_is_said_once(run, models, monkeypatch):
+    said = []
+    monkeypatch.setattr(load, "note", said.append)
+    run(b="source", text=["short.txt"])
+    assert [line.partition(":")[2] for line in said if "max_position_embeddings" in line] == [
+        " config.json has no max_position_embeddings: context set to 2048; --max-length N changes it"
+    ]
+
+
 def test_models_of_other_tokens_are_refused(run, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "load", None)
-    config = types.SimpleNamespace(vocab_size=CFG.vocab_size + 1)
-    opened = {"a": Checkpoint.open(models / "a"), "b": types.SimpleNamespace(config=config, path="b")}
-    with monkeypatch.context() as patch:
-        patch.setattr(comparison, "open_weights", lambda path, adapter: opened[epath.Path(path).name])
-        refused(run, "vocabulary of 420 tokens, b of 421: only models of the same", ExitCode.VOCAB_MISMATCH)
+    monkeypatch.setattr(load.Prepared, "load", None)
+    wide = dataclasses.replace(CFG, vocab_size=CFG.vocab_size + 1)
+    write(tmp_path / "wide", params_of(wide), wide)
+    refused(
+        run, "vocabulary of 420 tokens, .*wide of 421: only models of the same", ExitCode.VOCAB_MISMATCH, b=tmp_path / "wide"
+    )
     (tmp_path / "other").mkdir()
     other = small_sentencepiece(tmp_path / "other" / "tokenizer.model", CFG.vocab_size - 20)
     refused(run, "differ: it has 420 tokens instead of 400", ExitCode.VOCAB_MISMATCH, b__tokenizer=str(other))

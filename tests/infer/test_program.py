@@ -75,6 +75,20 @@ def test_a_config_file_that_is_not_there_is_named():
     assert_one_line_on_stderr(done, ExitCode.BAD_REQUEST, "configs/nowhere.py")
 
 
+@pytest.mark.parametrize(("preset", "near"), [("tinylama_1b", "did you mean tinyllama_1b? "), ("zzz", "")])
+def test_an_unknown_preset_is_one_line_with_the_nearest_and_all_others(preset, near):
+    done = run("bench", f"--config=configs/bench.py:{preset}", config=False)
+    said = f"no preset '{preset}': {near}--config=FILE.py:PRESET takes one of llama1_7b, "
+    assert_one_line_on_stderr(done, ExitCode.BAD_REQUEST, said)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_preset_of_a_file_without_presets_is_one_line():
+    done = run("sample", "--config=configs/sample.py:foo", config=False)
+    assert_one_line_on_stderr(done, ExitCode.BAD_REQUEST, "--config=configs/sample.py:foo: this file has no presets")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_configs_hold_every_setting_and_its_default():
     known = {name for name in Settings.__dataclass_fields__ if name != "max_new_tokens"}
     assert set(sample.get_config().sampling) == known

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import llama_jax
-from configs import lora, pretrain, qlora, sft, train_bench
+from configs import bench, bundled, lora, pretrain, qlora, sft, train_bench
 from llama_jax.checkpoint.adapter import stored_adapter
 from llama_jax.checkpoint.store import Checkpoint
 from llama_jax.commands.quantize import quantize
@@ -143,10 +143,16 @@ def test_llama_2_s_numbers_are_the_paper_s():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("module", [pretrain, sft, lora, qlora, train_bench])
+@pytest.mark.parametrize("module", [pretrain, sft, lora, qlora, train_bench, bench, bundled])
 def test_an_unknown_preset_names_the_known_ones(module):
-    with pytest.raises(ValueError, match="no preset 'llama9'; there are"):
-        module.get_config("llama9")
+    with pytest.raises(LlamaError, match=r"no preset 'zzz': --config=FILE\.py:PRESET takes one of .*(tiny|sft)") as refused:
+        module.get_config("zzz")
+    assert refused.value.code == ExitCode.BAD_REQUEST
+
+
+def test_a_model_s_preset_where_the_model_is_given_is_told_so():
+    with pytest.raises(LlamaError, match=r"no preset 'llama2_7b': .* full, tiny; the model is that of init_from"):
+        sft.get_config("llama2_7b")
 
 
 def test_the_lora_group_has_every_field_of_an_adapter():

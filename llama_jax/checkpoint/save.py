@@ -27,6 +27,7 @@ from llama_jax.checkpoint.store import MANIFEST, Checkpoint, chunk_shape, to_fla
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.model import Params, param_axes
 
+COMMITTED = "commit_success.txt"  # Orbax's; it looks for it in a bucket, and does not read it
 UNFINISHED = "unfinished"  # marks a directory whose writing has begun; gone when it is complete
 TOGETHER_BYTES = 128 * 2**20  # leaves that are written at the same time have no more; a larger one is alone
 REPLACED = ".replaced"  # suffix of an old checkpoint while its successor is written
@@ -185,6 +186,8 @@ def save_rooms(
         with everywhere():
             checkpoint = finish(checkpoint)
             if first:
+                for name in rooms:  # Orbax writes the path there, which need not leave this machine with a checkpoint
+                    (folder / name / COMMITTED).write_text("Checkpoint commit was successful")
                 _wait_for_disk(folder)
                 _write_whole(folder / MANIFEST, json.dumps(checkpoint.manifest(), indent=1) + "\n")
                 (folder / UNFINISHED).unlink()

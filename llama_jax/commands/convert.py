@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from llama_jax.checkpoint.arrays import is_finite
 from llama_jax.checkpoint.hashing import hashing
@@ -18,6 +17,7 @@ from llama_jax.checkpoint.save import Leaf, save_checkpoint
 from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.progress import progress_bar
 from llama_jax.text.chat import chat_format_of
 from llama_jax.text.hf import HuggingFaceTokenizer
 from llama_jax.text.spm import SentencePieceTokenizer
@@ -66,7 +66,7 @@ def convert(
         start = time.monotonic()
         with (
             hashing(opened.files) as hashes,
-            tqdm(total=total, unit="B", unit_scale=True, desc="converting", file=sys.stderr) as bar,
+            progress_bar(total, "converting", unit="B", unit_scale=True) as bar,
         ):
             checkpoint = Checkpoint(
                 path=epath.Path(output),

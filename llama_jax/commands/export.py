@@ -3,13 +3,11 @@
 import contextlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from llama_jax.checkpoint.adapter import reader, stored_adapter
 from llama_jax.checkpoint.huggingface_writer import SHARD_BYTES, write_huggingface
@@ -19,6 +17,7 @@ from llama_jax.checkpoint.store import Checkpoint
 from llama_jax.config_files import to_huggingface
 from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.progress import progress_bar
 from llama_jax.text.chat import stop_ids
 from llama_jax.text.hf_export import write_tokenizer
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -81,7 +80,7 @@ def _write_tokenizer(checkpoint: Checkpoint, output: Path) -> Tokenizer | None:
 
 def _write_weights(checkpoint: Checkpoint, output: Path, shard_bytes: int) -> None:
     stored, total = reader(checkpoint), checkpoint.config.num_params * checkpoint.dtype.itemsize
-    with tqdm(total=total, unit="B", unit_scale=True, desc="exporting", file=sys.stderr) as bar:
+    with progress_bar(total, "exporting", unit="B", unit_scale=True) as bar:
 
         def read(name: str) -> np.ndarray:
             array = stored(name).read().astype(checkpoint.dtype, copy=False)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from llama_jax.checkpoint.calibrate import rows_of
 from llama_jax.checkpoint.hashing import hashing
@@ -20,6 +19,7 @@ from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.load import chat_format_of_weights, compute_dtype, open_weights, tokenizer_of
 from llama_jax.ops.gptq import METHODS_FOR
+from llama_jax.progress import progress_bar
 from llama_jax.text.tokenizer import FILE_NAMES
 
 MIN_TOKENS = 32  # of a text to calibrate with
@@ -66,7 +66,7 @@ def quantize(
     total, start = stored_bytes(made), time.monotonic()
     with (
         hashing(opened.files if isinstance(opened, Source) else ()) as hashes,
-        tqdm(total=total, unit="B", unit_scale=True, desc="quantising", file=sys.stderr) as bar,
+        progress_bar(total, "quantising", unit="B", unit_scale=True) as bar,
     ):
 
         def finish(written: Checkpoint) -> Checkpoint:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from llama_jax.data.documents import Document, to_document
 from llama_jax.data.sources import (
@@ -53,6 +52,7 @@ from llama_jax.data.store import (
 )
 from llama_jax.distributed import is_main
 from llama_jax.errors import ExitCode, LlamaError, run_command
+from llama_jax.progress import progress_bar
 from llama_jax.text.chat import FORMATS
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -229,8 +229,7 @@ def _enough_workers(units: Sequence[Unit]) -> int:
 def _run(job: Job, units: Sequence[Unit], todo: Sequence[int], workers: int) -> None:
     """Writes the shards that are left to do; of several errors, the one of the first unit is raised."""
     done = len(units) - len(todo)
-    shown = dict(desc="tokenising", unit="shard", file=sys.stderr, disable=not is_main())
-    with tqdm(total=len(units), initial=done, **shown) as bar:
+    with progress_bar(len(units), "tokenising", initial=done, unit="shard", disable=not is_main()) as bar:
         if workers == 1 or len(todo) < 2:
             for i in todo:
                 tokenize_unit(job, i, units[i])

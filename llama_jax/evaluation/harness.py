@@ -14,7 +14,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 import llama_jax
 from llama_jax.errors import ExitCode, LlamaError
@@ -23,6 +22,7 @@ from llama_jax.evaluation.arguments import check_model_args
 from llama_jax.evaluation.encoding import encode, render_chat, template_of
 from llama_jax.evaluation.scoring import log_likelihoods
 from llama_jax.model import param_shapes
+from llama_jax.progress import progress_bar
 
 NAME = "llama_jax"
 
@@ -91,7 +91,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
+        with progress_bar(len(requests), "log-likelihoods", disable=disable_tqdm) as bar:
             pairs = [(context, continuation) for _, context, continuation in requests]
             found = log_likelihoods(self.llama, pairs, self.batch_size, bar.update)
         for (texts, _, _), result in zip(requests, found, strict=True):
@@ -110,7 +110,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as bar:
+        with progress_bar(len(requests), "answers", disable=disable_tqdm) as bar:
             pairs = [(self.tok_encode(context), arguments) for context, arguments in (r.args for r in requests)]
             found = answers(self.llama, pairs, self.batch_size, self.max_gen_toks, bar.update)
         for request, text in zip(requests, found, strict=True):

@@ -56,3 +56,7 @@ def test_its_tokenizer_is_the_one_that_the_generator_makes(llama, judged, tokeni
 def test_it_has_3_to_4_5_million_parameters_in_10_mb(llama, judged):
     assert 3e6 <= llama.config.num_params <= 4.5e6 and llama.config.num_kv_heads < llama.config.num_heads
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 10e6
+
+
+def test_its_mark_of_orbax_is_without_the_path_of_a_machine():
+    assert (FOLDER / "params/commit_success.txt").read_text() == "Checkpoint commit was successful"

@@ -114,6 +114,11 @@ def test_any_orbax_restores_it(tmp_path, dtype):
         assert theirs.dtype == ours.dtype and np.asarray(theirs).tobytes() == ours.tobytes()
 
 
+def test_the_mark_that_orbax_looks_for_in_a_bucket_is_there_without_the_path_of_this_machine(tmp_path):
+    save(tmp_path / "c", CFG, PARAMS)
+    assert (tmp_path / "c/params/commit_success.txt").read_text() == "Checkpoint commit was successful"
+
+
 @pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")  # orbax's, about restoring without targets
 def test_any_orbax_restores_it_without_being_told_shapes(tmp_path):
     save(tmp_path / "c", CFG, PARAMS)

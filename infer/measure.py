@@ -83,7 +83,7 @@ def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = 
         raise LlamaError(
             ExitCode.BAD_REQUEST, f"batch_sizes are {config['batch_sizes']}, expected multiples of data * fsdp, {shards}"
         )
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     kernels = dtype == "float32" or choose_attention("auto", device, cfg.head_dim, lambda line: print(line, file=sys.stderr))
     asked = Settings(max_new_tokens=needed - prompt, **config["sampling"])
     params = random_params(cfg, mesh, dtype, quantize)

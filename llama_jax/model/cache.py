@@ -22,6 +22,7 @@ from llama_jax.sharding import constrain, mesh_axis_size, per_device
 
 CACHE_AXES = ("batch", "kv_heads", "cache_length", "head_dim")  # scales have the first three
 NEW_AXES = ("batch", "length", "kv_heads", "head_dim")
+LANES = 128  # of a TPU
 
 
 class LayerCache(NamedTuple):
@@ -50,7 +51,7 @@ def write(cache: LayerCache, k: Array, v: Array, start: Array) -> LayerCache:
 
     def put(slots: Array, new: Array, start: Array) -> Array:
         new = new.astype(slots.dtype).swapaxes(1, 2)
-        return jax.lax.platform_dependent(slots, new, start, cpu=_write_rows, default=_write_batch)
+        return jax.lax.platform_dependent(slots, new, start, cpu=_write_rows, tpu=_write_on_tpu, default=_write_batch)
 
     def put_local(slots: Array, new: Array) -> Array:  # the loop over rows is each device's own
         axes = CACHE_AXES[: slots.ndim]
@@ -65,16 +66,24 @@ def _write_batch(slots: Array, new: Array, start: Array) -> Array:
     return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (0, at, *rest)))(slots, new, start)
 
 
-def _write_rows(slots: Array, new: Array, start: Array) -> Array:
-    """Row by row: the batched form is a scatter, for which XLA:CPU copies the cache (and turns bfloat16 into float32)."""
-
-    rest = (0,) * (slots.ndim - 3)
+def _write_rows(slots: Array, new: Array, start: Array, axis: int = 2) -> Array:
+    """Row by row, slots along `axis`: the batched form is a scatter, for which XLA:CPU copies the cache (and makes bfloat16
+    float32), and of which XLA:TPU makes such a loop, too, with 7 kernels a row instead of 3 (libtpu 0.0.42)."""
 
     def write_row(b: Array, slots: Array) -> Array:
-        return jax.lax.dynamic_update_slice(slots, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, start[b], *rest))
+        at = [b if i == 0 else start[b] if i == axis else 0 for i in range(slots.ndim)]
+        return jax.lax.dynamic_update_slice(slots, jax.lax.dynamic_slice_in_dim(new, b, 1), at)
 
-    # The end is no constant: XLA would unroll a loop over one row, and copy the cache again.
+    # The end is no constant: XLA:CPU would unroll a loop over one row and copy the cache again, and libtpu 0.0.42 fails.
     return jax.lax.fori_loop(0, jnp.where(start[0] < 0, 0, slots.shape[0]), write_row, slots)
+
+
+def _write_on_tpu(slots: Array, new: Array, start: Array) -> Array:
+    """Row by row, of the cache as a TPU is given it: heads that do not fill its lanes lie across them, slots along. Written in
+    another order it would be laid out anew, filled up, before a call's first step, and back after its last."""
+    if slots.ndim == 3 or slots.shape[3] % LANES == 0:
+        return _write_rows(slots, new, start)
+    return _write_rows(slots.swapaxes(2, 3), new.swapaxes(2, 3), start, axis=3).swapaxes(2, 3)
 
 
 def num_slots(cache: KVCache) -> int:

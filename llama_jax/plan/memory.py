@@ -205,7 +205,7 @@ def score_bytes(request: PlanRequest, mesh: MeshShape) -> float:
 
 def has_flash_attention(request: PlanRequest) -> bool:
     """Whether scores of whole sequences are never held: by splash attention on TPUs and flash attention on GPUs, where they
-    support the sizes; GPUs on which it does not work (llama_jax.ops.kernels.probe) hold them."""
+    support the sizes; a device on which it does not work (llama_jax.ops.kernels.probe) holds them."""
     length, head_dim = request.length, request.config.head_dim
     if request.dtype == "float32":
         return False

@@ -1,6 +1,7 @@
 """What is compiled ahead of time, and what any of it has to keep."""
 
 import collections
+import dataclasses
 import math
 
 from llama_jax.mesh import MeshShape
@@ -12,10 +13,20 @@ COMPILE_SECONDS = 90
 
 
 def compiled(
-    model: str, topology: str, task: str, mesh: MeshShape, *, seconds: float = COMPILE_SECONDS, **more
+    model: str,
+    topology: str,
+    task: str,
+    mesh: MeshShape,
+    *,
+    seconds: float = COMPILE_SECONDS,
+    num_layers: int | None = None,
+    **more,
 ) -> tuple[PlanRequest, CompilerReport, list[Instruction]]:
-    """Compiles a case; fits, was soon done (within `seconds`, or the second time), and is what the closed form said."""
+    """Compiles a case, of all its layers or `num_layers`; fits, was soon done (within `seconds`, or the second time), and is
+    what the closed form said."""
     request = make_request(model, topology, task, **more)
+    if num_layers:
+        request = dataclasses.replace(request, config=dataclasses.replace(request.config, num_layers=num_layers))
     report, text = compile_with_text(request, mesh)
     if report.compile_seconds >= seconds:  # the machine may have been busy
         report, text = compile_with_text(request, mesh)
@@ -29,8 +40,9 @@ def compiled(
 
 
 def copies(program: list[Instruction], shape: tuple[int, ...]) -> list[str]:
-    """The instructions that copy or transpose an array of this shape in memory; fetching it onto the chip (S(1)) is reading."""
-    moves = [i for i in program if i.opcode in ("copy", "transpose") and "S(1)" not in i.results]
+    """The instructions that copy or transpose an array of this shape into memory; fetching it onto the chip, whose memory is
+    S(1), is reading."""
+    moves = [i for i in program if i.opcode in ("copy", "transpose") and "S(1)" not in i.results.split("}")[0]]
     return [str(i) for i in moves if any(math.prod(s) == math.prod(shape) for _, s in i.arrays)]
 
 

@@ -1,6 +1,8 @@
 """Real programs, compiled for TPU slices that are not here: they fit, and contain what they should."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import PRESETS
 from llama_jax.mesh import MeshShape, cache_heads
 from llama_jax.ops.attention import attend_causal
+from llama_jax.ops.kernels import probe
 from llama_jax.ops.loss import LOGITS_BYTES
 from llama_jax.plan.compile import compiler_devices
 from llama_jax.plan.hlo import instructions
@@ -45,6 +48,23 @@ def test_decode(model, topology, mesh, batch, length, quantize):
     assert not copies(program, (batch, heads, length, cfg.head_dim))
     assert report.temporary_bytes < 0.10 * report.argument_bytes
     assert sum(i.opcode == "custom-call" and "ragged_attention" in i.name for i in program) == cfg.num_layers
+
+
+def test_decode_copies_no_cache_in_int8():
+    cfg, batch, length = PRESETS["llama2_7b"], 64, 2048
+    options = dict(batch=batch, length=length, cache_dtype="int8", num_layers=2)
+    *_, program = compiled("llama2_7b", "v5e-8", "decode", MeshShape(tensor=8), **options)
+    slots = (batch, cfg.num_kv_heads // 8, length)
+    assert not copies(program, slots)  # the scales
+    assert not copies(program, (*slots, cfg.head_dim))
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_decode_lays_out_no_cache_of_narrow_heads_anew(cache_dtype):
+    """That would fill heads of 64 up to the lanes, 128, in memory: twice the cache."""
+    options = dict(batch=16, length=2048, cache_dtype=cache_dtype, num_layers=2)
+    _, report, _ = compiled("llama3_2_1b", "v5e-1", "decode", MeshShape(), **options)
+    assert report.temporary_bytes < 0.10 * report.argument_bytes
 
 
 def test_prefill_of_70b_uses_splash_attention_and_gathers_no_weight():
@@ -94,12 +114,18 @@ def test_training(model, topology, mesh, batch):
     assert report.alias_bytes > 0.99 * report.argument_bytes  # the old state's memory is the new one's
 
 
-@pytest.mark.parametrize("precision", ["highest", "float32"])
-def test_attention_compiles_at_whatever_precision_the_user_set(precision):
-    """XLA:TPU has no kernel that multiplies bfloat16 at another than its own."""
+@pytest.fixture(scope="module")
+def on_chip() -> Callable[[Any], jax.ShapeDtypeStruct]:
+    """Of an array, one on a chip that is not here."""
     devices, _ = compiler_devices(parse_topology("v5e-1"))
     where = NamedSharding(Mesh(np.array(devices[:1]), "x"), PartitionSpec())
-    x, ids = (jax.ShapeDtypeStruct(*a, sharding=where) for a in (((1, 256, 2, 64), jnp.bfloat16), ((1, 256), jnp.int32)))
+    return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+@pytest.mark.parametrize("precision", ["highest", "float32"])
+def test_attention_compiles_at_whatever_precision_the_user_set(on_chip, precision):
+    """XLA:TPU has no kernel that multiplies bfloat16 at another than its own."""
+    x, ids = (on_chip(jax.ShapeDtypeStruct(*a)) for a in (((1, 256, 2, 64), jnp.bfloat16), ((1, 256), jnp.int32)))
 
     def gradients(q, k, v, ids):
         return jax.grad(lambda *a: jnp.sum(attend_causal(*a, ids).astype(jnp.float32)), argnums=(0, 1, 2))(q, k, v)
@@ -107,3 +133,12 @@ def test_attention_compiles_at_whatever_precision_the_user_set(precision):
     with jax.default_matmul_precision(precision):
         text = jax.jit(gradients).lower(x, x, x, ids).compile().as_text()
     assert sum(i.opcode == "custom-call" and "splash" in i.name for i in instructions(text)) == 3
+
+
+def test_what_is_tried_on_a_tpu_before_it_is_used_compiles_for_it(on_chip):
+    names = []
+    for case in probe.tpu_cases(lambda *shape: jnp.ones(shape, jnp.bfloat16), 128):
+        text = jax.jit(case.kernel).lower(*jax.tree.map(on_chip, case.inputs)).compile().as_text()
+        names += [i.name for i in instructions(text) if i.opcode == "custom-call"]
+    assert sum("splash" in name for name in names) == 3  # forward, dq, dk and dv
+    assert sum("ragged_attention" in name for name in names) == 2  # of a cache in bfloat16, and of one in int8

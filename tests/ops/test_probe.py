@@ -1,4 +1,4 @@
-"""Choosing between the GPU's attention kernel and plain attention; the CPU's interpreter stands for a GPU on which it works."""
+"""Choosing between a platform's kernels and plain attention; the CPU's interpreter stands for a GPU or TPU where they work."""
 
 import functools
 import types
@@ -8,19 +8,31 @@ import pytest
 
 from llama_jax.errors import LlamaError
 from llama_jax.ops.attention import attend_causal
-from llama_jax.ops.kernels import decode, flash, gemv, probe
+from llama_jax.ops.kernels import decode, flash, gemv, probe, ragged, splash
 from llama_jax.ops.kernels.probe import choose_attention
 
 GPU = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100")
+TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 CPU = jax.devices("cpu")[0]
 
 
 @pytest.fixture
 def found(monkeypatch):
-    """Faults to be found on a GPU, each once."""
+    """Faults to be found on a device, each once."""
     faults = []
     monkeypatch.setattr(probe, "find_fault", lambda device, head_dim: faults.pop())
     return faults
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(monkeypatch):
+    monkeypatch.setitem(probe.CASES, "cpu", probe.gpu_cases)
+
+
+@pytest.fixture
+def on_tpu(on_gpu, monkeypatch):
+    monkeypatch.setitem(probe.CASES, "cpu", probe.tpu_cases)
+    jax.clear_caches()  # of what another test has traced with another kernel
 
 
 def interpret(monkeypatch, module, name: str) -> None:
@@ -30,6 +42,11 @@ def interpret(monkeypatch, module, name: str) -> None:
 @pytest.fixture
 def working_flash(monkeypatch):
     monkeypatch.setattr(flash, "attend_flash", functools.partial(attend_causal, kernels=False))
+
+
+@pytest.fixture
+def working_splash(on_tpu, monkeypatch):
+    monkeypatch.setattr(splash, "attend_splash", functools.partial(attend_causal, kernels=False))
 
 
 def test_kernels_that_work_have_no_fault(monkeypatch):
@@ -85,12 +102,51 @@ def test_a_kernel_that_computes_something_else_is_found_out(monkeypatch, factor)
     assert "out is wrong by" in probe.find_fault.__wrapped__(CPU, 64)
 
 
-def test_a_gpu_uses_the_kernel_where_it_works_and_is_warned_once_where_it_does_not(found):
+@pytest.mark.parametrize("head_dim", [64, 128])  # of 64 the TPU has a kernel for whole sequences only
+def test_a_tpu_s_kernels_that_work_have_no_fault(on_tpu, monkeypatch, head_dim):
+    interpret(monkeypatch, splash, "attend_splash")
+    if head_dim == 128:
+        interpret(monkeypatch, ragged, "attend_ragged")
+    with jax.default_matmul_precision("default"):
+        assert probe.find_fault.__wrapped__(CPU, head_dim) == ""
+
+
+def test_a_tpu_s_kernel_of_sequences_that_does_not_compile_says_why(on_tpu):
+    assert "interpret mode" in probe.find_fault.__wrapped__(CPU, 64)
+
+
+def test_a_tpu_s_kernel_of_tokens_that_does_not_compile_says_why(working_splash):
+    assert "interpret mode" in probe.find_fault.__wrapped__(CPU, 128)
+
+
+def test_a_tpu_s_gradient_that_is_something_else_is_found_out(on_tpu, monkeypatch):
+    @jax.custom_gradient
+    def wrong(q, k, v, segment_ids):
+        out, pull = jax.vjp(lambda *a: attend_causal(*a, segment_ids, kernels=False), q, k, v)
+        return out, lambda d_out: (*pull(1.1 * d_out), None)
+
+    monkeypatch.setattr(splash, "attend_splash", wrong)
+    assert "dq is wrong by" in probe.find_fault.__wrapped__(CPU, 64)
+
+
+@pytest.mark.parametrize("broken", ["bfloat16", "int8"])
+def test_a_token_s_attention_on_a_tpu_that_is_something_else_is_found_out(working_splash, monkeypatch, broken):
+    right = functools.partial(ragged.attend_ragged, interpret=True)
+
+    def wrong(q, k, *rest):
+        return (1.1 if k.dtype == broken else 1.0) * right(q, k, *rest)
+
+    monkeypatch.setattr(ragged, "attend_ragged", wrong)
+    assert f"a token's out of a cache in {broken} is wrong by" in probe.find_fault.__wrapped__(CPU, 128)
+
+
+@pytest.mark.parametrize("device, kind", [(GPU, "A100"), (TPU, "TPU v5 lite")])
+def test_a_device_uses_the_kernels_where_they_work_and_is_warned_once_where_they_do_not(found, device, kind):
     notes = []
     found[:] = ["no such instruction", ""]
-    assert choose_attention("auto", GPU, 64, notes.append) and not notes
-    assert not choose_attention("auto", GPU, 64, notes.append)
-    assert len(notes) == 1 and "A100 (no such instruction)" in notes[0]
+    assert choose_attention("auto", device, 64, notes.append) and not notes
+    assert not choose_attention("auto", device, 64, notes.append)
+    assert len(notes) == 1 and f"{kind} (no such instruction)" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +155,9 @@ def test_a_gpu_uses_the_kernel_where_it_works_and_is_warned_once_where_it_does_n
         ("kernel", GPU, 64, True),
         ("plain", GPU, 64, False),
         ("auto", GPU, 48, True),  # the op knows that it has none
+        ("kernel", TPU, 128, True),
+        ("plain", TPU, 128, False),
+        ("auto", TPU, 80, True),
         ("auto", CPU, 64, True),
         ("plain", CPU, 64, False),
     ],

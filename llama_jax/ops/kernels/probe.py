@@ -1,8 +1,9 @@
-"""Whether the kernels work on a GPU, with its driver and this jax: found by running them."""
+"""Whether the kernels work on a GPU or TPU, with its driver and this jax: found by running them."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +11,34 @@ import numpy as np
 from jax import Array
 
 from llama_jax.errors import ExitCode, LlamaError
-from llama_jax.ops.attention import attend, attend_causal
-from llama_jax.ops.kernels import decode, flash, gemv
+from llama_jax.ops.attention import attend, attend_cached, attend_causal, cache_arrays, of_arrays
+from llama_jax.ops.kernels import decode, flash, gemv, ragged, splash
 from llama_jax.ops.linear import project_each
 from llama_jax.ops.norm import rms_norm
-from llama_jax.ops.qarray import QArray, quantize
+from llama_jax.ops.qarray import QArray, quantize, quantize_vectors
 from llama_jax.ops.rope import rotate
 
 ATTENTION = ("auto", "kernel", "plain")
 LENGTH, HEADS, KV_HEADS = 256, 4, 2
+FILLED, SLOTS = (700, 130), 1024  # of the rows of a cache: two of the kernel's blocks, and one
 ROWS, INPUTS, EPS = 128, 384, 1e-5  # of weights that a row is multiplied with
 LARGEST_ERROR = 0.02  # of a result's largest value; bfloat16 rounds to 0.004 of a number
+
+
+class Case(NamedTuple):
+    """A kernel's program and the same in plain JAX, their inputs, and what their results are called."""
+
+    kernel: Callable
+    plain: Callable
+    inputs: tuple[Any, ...]
+    names: tuple[str, ...]
 
 
 def choose_attention(wanted: str, device: jax.Device, head_dim: int, note: Callable[[str], None]) -> bool:
     """The argument `kernels` of attention's functions (ops.attention, model.attention), for programs to find once and pass on.
 
     Args:
-        wanted: kernel | plain | auto: on a GPU the kernel if it works, else plain, with a warning; elsewhere as kernel.
+        wanted: kernel | plain | auto: on a GPU or TPU the kernel if it works, else plain, with a warning; elsewhere as kernel.
         device: of this process; on several processes all have the same kind.
         head_dim: of the model.
         note: takes a line for the user.
@@ -37,7 +48,8 @@ def choose_attention(wanted: str, device: jax.Device, head_dim: int, note: Calla
     """
     if wanted not in ATTENTION:
         raise LlamaError(ExitCode.BAD_CONFIG, f"attention is {wanted!r}, expected one of {', '.join(ATTENTION)}")
-    if wanted != "auto" or device.platform != "gpu" or not flash.supports(LENGTH, head_dim):
+    supports = {"gpu": flash.supports, "tpu": splash.supports}.get(device.platform)
+    if wanted != "auto" or supports is None or not supports(LENGTH, head_dim):
         return wanted != "plain"
     fault = find_fault(device, head_dim)
     if fault:
@@ -56,8 +68,42 @@ def find_fault(device: jax.Device, head_dim: int) -> str:
     def draw(*shape: int) -> Array:
         return jax.device_put(jnp.asarray(rng.normal(size=shape), jnp.bfloat16), device)
 
-    q, k, v, d_out = (draw(1, LENGTH, heads, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
-    segments = jax.device_put(np.repeat([[1, 2, 0]], [100, LENGTH - 107, 7], axis=1).astype(np.int32), device)
+    cases = CASES[device.platform](draw, head_dim)
+    return next(filter(None, itertools.starmap(_difference, cases)), "")
+
+
+def gpu_cases(draw: Callable[..., Array], head_dim: int) -> Iterator[Case]:
+    """Of the kernels for GPUs, on numbers that `draw` makes in a shape."""
+    yield _sequence(flash.attend_flash, draw, head_dim)
+    q, k, v = (draw(1, heads, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    angles = jnp.split(draw(1, head_dim).astype(jnp.float32), 2, axis=1)
+    cache = (draw(1, KV_HEADS, LENGTH, head_dim) for _ in range(2))
+    token = (q, k, v, *angles, *cache, np.array([100], np.int32))
+    names = ("a token's out", "its cached key", "its cached value")
+    yield Case(decode.rotate_append_attend, _attend_token, token, names)
+    row, weights = draw(INPUTS), [draw(ROWS, INPUTS) for _ in range(2)]
+    kinds = [weights, *([quantize(weight, 1, method) for weight in weights] for method in ("int8", "int4"))]
+    names = tuple(f"a row times {kind}" for kind in ("bfloat16", "int8", "int4"))
+    yield Case(_multiply_rows, _multiply_rows_plainly, (row, row, kinds), names)
+
+
+def tpu_cases(draw: Callable[..., Array], head_dim: int) -> Iterator[Case]:
+    """Of the kernels for TPUs, on numbers that `draw` makes in a shape."""
+    yield _sequence(splash.attend_splash, draw, head_dim)
+    if ragged.supports(SLOTS, head_dim):
+        q, *cache = (draw(len(FILLED), *shape, head_dim) for shape in ((HEADS,), (KV_HEADS, SLOTS), (KV_HEADS, SLOTS)))
+        caches = [cache_arrays(*cache), cache_arrays(*map(quantize_vectors, cache))]
+        names = tuple(f"a token's out of a cache in {kind}" for kind in ("bfloat16", "int8"))
+        yield Case(_attend_caches, _attend_caches_plainly, (q, np.array(FILLED, np.int32), caches), names)
+
+
+CASES = {"gpu": gpu_cases, "tpu": tpu_cases}
+
+
+def _sequence(kernel: Callable, draw: Callable[..., Array], head_dim: int) -> Case:
+    """A kernel of whole sequences, and its gradients."""
+    inputs = tuple(draw(1, LENGTH, heads, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS))
+    segments = np.repeat([[1, 2, 0]], [100, LENGTH - 107, 7], axis=1).astype(np.int32)
 
     def both(attend: Callable) -> Callable:
         def run(q: Array, k: Array, v: Array, d_out: Array) -> tuple[Array, ...]:
@@ -67,23 +113,15 @@ def find_fault(device: jax.Device, head_dim: int) -> str:
         return run
 
     plain = both(functools.partial(attend_causal, kernels=False))
-    fault = _difference(both(flash.attend_flash), plain, (q, k, v, d_out), ("out", "dq", "dk", "dv"))
-    cache = (draw(1, KV_HEADS, LENGTH, head_dim) for _ in range(2))
-    token = (
-        q[:, 0],
-        k[:, 0],
-        v[:, 0],
-        *jnp.split(draw(1, head_dim).astype(jnp.float32), 2, axis=1),
-        *cache,
-        segments[:, 0] + 99,
-    )
-    fault = fault or _difference(
-        decode.rotate_append_attend, _attend_token, token, ("a token's out", "its cached key", "its cached value")
-    )
-    row, weights = draw(INPUTS), [draw(ROWS, INPUTS) for _ in range(2)]
-    kinds = [weights, *([quantize(weight, 1, method) for weight in weights] for method in ("int8", "int4"))]
-    names = tuple(f"a row times {kind}" for kind in ("bfloat16", "int8", "int4"))
-    return fault or _difference(_multiply_rows, _multiply_rows_plainly, (row, row, kinds), names)
+    return Case(both(kernel), plain, inputs, ("out", "dq", "dk", "dv"))
+
+
+def _attend_caches(q: Array, filled: Array, caches: Sequence[tuple[Array, ...]]) -> list[Array]:
+    return [ragged.attend_ragged(q, *arrays[:2], filled, *arrays[2:]) for arrays in caches]
+
+
+def _attend_caches_plainly(q: Array, filled: Array, caches: Sequence[tuple[Array, ...]]) -> list[Array]:
+    return [attend_cached(q[:, None], *of_arrays(arrays), filled[:, None] - 1, kernels=False)[:, 0] for arrays in caches]
 
 
 def _multiply_rows(x: Array, norm: Array, kinds: Sequence[Sequence[Array | QArray]]) -> list[Array]:

@@ -69,6 +69,8 @@ def _attend(
     slots = pl.BlockSpec((None, K, size, H), functools.partial(block_to_fetch, size=size))
     scales = pl.BlockSpec((None, K, size), lambda *at: block_to_fetch(*at, size=size)[:3])
     given = () if k_scale is None else (k_scale, v_scale)
+    if not interpret:  # XLA would fetch what fits onto the chip, all slots of it, write the new ones there, and copy it back
+        k, v, *given = (tpu.with_memory_space_constraint(x, tpu.HBM) for x in (k, v, *given))
     sums = tpu.VMEM((K, group, 1), jnp.float32)
     out = pl.pallas_call(
         functools.partial(_kernel, size=size),

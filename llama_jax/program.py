@@ -41,8 +41,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             said = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
-            if "Did you mean" in said:  # a KeyError of ml_collections, quoted twice
-                said = "unknown key " + said.replace("'", "").replace(" Did you", ". Did you")
+            if "Did you mean" in said or said.startswith("\"'"):  # a KeyError of ml_collections, quoted twice
+                said = "unknown key " + said.replace("'", "").strip('"').replace(" Did you", ". Did you")
             if "get_config() takes 0 positional arguments" in said:  # the end of a traceback
                 said = (
                     said.partition(": Error whilst")[0] + ": this file has no presets, leave out the colon and what follows it"

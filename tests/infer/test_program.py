@@ -35,6 +35,10 @@ def test_an_unknown_key_names_the_nearest_known_one(name):
     assert_one_line_on_stderr(done, ExitCode.BAD_REQUEST, "max_lenght", "max_length")
 
 
+def test_an_unknown_key_that_is_near_no_other_is_one():
+    assert_one_line_on_stderr(run("sample", "--config.sampling.zzz=1"), ExitCode.BAD_REQUEST, "error: unknown key zzz (")
+
+
 @pytest.mark.parametrize("name", ["sample", "chat", "score"])
 def test_a_checkpoint_that_is_not_there_is_named(name, tmp_path):
     more = ["--tokens=x.npy"] if name == "score" else []

@@ -4,8 +4,9 @@
 
 Prints one JSON object. The matrix products of the model's shapes (forward, and both of the backward pass) are timed alone in
 the same process, so that shares can be compared across machines: `products_share` is their seconds over those of a step,
-`forward_share` that of three forward products. On a device that the planner knows there is MFU by its published peak, too
-(train.flops).
+`forward_share` that of three forward products. Batches come as those of train.main do: `input_seconds` is what a step waits for
+its own, `input_work_seconds` what it takes to make one and put it on the devices when none is made ahead. On a device that the
+planner knows there is MFU by its published peak, too (train.flops).
 """
 
 import json

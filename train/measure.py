@@ -1,11 +1,14 @@
 """Times a step of training and its parts."""
 
+import contextlib
 import dataclasses
 import resource
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,18 +17,23 @@ import numpy as np
 import optax
 
 from llama_jax.config import ModelConfig
-from llama_jax.data.batch import BATCH_AXES, Batch
+from llama_jax.data.batch import Batch
+from llama_jax.data.opening import DataConfig
+from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.model import LoraConfig, param_shapes
 from llama_jax.model.quantize import NUM_INPUTS
 from llama_jax.ops.kernels.probe import choose_attention
-from llama_jax.sharding import make_mesh, sharding
+from llama_jax.sharding import make_mesh
 from llama_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from llama_jax.training.state import StateForm, TrainState, init_state, trained, trained_axes, with_trained
 from llama_jax.training.step import StepConfig, batch_loss, make_train_step
+from train.feed import train_feed
 from train.flops import chip_of, flops_per_token
+from train.random_data import random_dataset
 
 REPEATS, UNCOUNTED = 5, 2
+DATASET_BATCHES = 4
 
 
 def measure(config: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +82,11 @@ class _Subject:
 def _subject(config: dict[str, Any]) -> _Subject:
     cfg, train, lora = ModelConfig(**config["model"]), dict(config["train"]), dict(config["lora"])
     batch_size, length, scan = (train.pop(name) for name in ("batch_size", "length", "scan_layers"))
-    attention = train.pop("attention")
+    attention, documents = train.pop("attention"), config["documents"]
+    if not 1 <= documents <= length // 2:
+        raise LlamaError(
+            ExitCode.BAD_CONFIG, f"documents is {documents}, expected 1 to {length // 2} in a row of {length:,} tokens"
+        )
     mesh = make_mesh(resolve_mesh(cfg, MeshShape(**config["mesh"]), jax.device_count(), batch_size=batch_size))
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     kernels = choose_attention(attention, mesh.devices.flat[0], cfg.head_dim, lambda line: print(line, file=sys.stderr))
@@ -82,31 +94,40 @@ def _subject(config: dict[str, Any]) -> _Subject:
     base = {name: lora.pop(name) for name in ("base_dtype", "quantize")}
     form = step.form(LoraConfig(**lora), **base)
     optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), trained_axes(cfg, form))
-    return _Subject(cfg, mesh, step, form, optimizer, batch_size, length, config["documents"])
+    return _Subject(cfg, mesh, step, form, optimizer, batch_size, length, documents)
 
 
 def _whole_step(subject: _Subject, steps: int, parts: bool) -> dict[str, float]:
-    """Seconds of compiling, of a step, and of its two parts alone; and what the compiler says of memory."""
+    """Seconds of compiling, of a step, of its input and of its parts alone; and what the compiler says of memory."""
     cfg, form, optimizer = subject.cfg, subject.form, subject.optimizer
     step = make_train_step(
         cfg, subject.step, optimizer, subject.mesh, lora=form.lora, base_dtype=form.base_dtype, quantize=form.quantize
     )
     state = init_state(cfg, optimizer, jax.random.key(0), form, mesh=subject.mesh)
-    batch = _batch(subject)
-    start = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - start
-    seconds = []
-    for _ in range(UNCOUNTED + steps):
+    with tempfile.TemporaryDirectory() as folder:
+        feed = _feeder(subject, Path(folder))
+        batch = next(feed(0))
         start = time.perf_counter()
-        state, numbers = compiled(state, batch)
-        jax.block_until_ready((state, numbers))
-        seconds.append(time.perf_counter() - start)
-    seconds = seconds[UNCOUNTED:]
+        compiled = step.lower(state, batch).compile()
+        compile_seconds = time.perf_counter() - start
+        seconds, waited = [], []
+        with contextlib.closing(feed(DataConfig.prefetch)) as batches:
+            for _ in range(UNCOUNTED + steps):
+                start = time.perf_counter()
+                batch = next(batches)
+                waited.append(time.perf_counter() - start)
+                state, numbers = compiled(state, batch)
+                jax.block_until_ready((state, numbers))
+                seconds.append(time.perf_counter() - start)
+        with contextlib.closing(feed(0)) as batches:
+            input_work = _seconds(lambda: next(batches))
+    seconds, waited = seconds[UNCOUNTED:], waited[UNCOUNTED:]
     found = {
         "compile_seconds": compile_seconds,
         "step_seconds": statistics.median(seconds),
         "step_seconds_least": min(seconds),
+        "input_seconds": statistics.median(waited),
+        "input_work_seconds": input_work,
         "peak_bytes_compiled": compiled.memory_analysis().peak_memory_in_bytes,
         "peak_bytes": _peak_bytes(),
     }
@@ -184,19 +205,16 @@ def _seconds(run: Callable[[], Any]) -> float:
     return statistics.median(found)
 
 
-def _batch(subject: _Subject) -> Batch:
-    """Random tokens; every row holds so many documents of equal length."""
-    cfg, mesh, batch_size, length, documents = (
-        getattr(subject, name) for name in ("cfg", "mesh", "batch_size", "length", "documents")
+def _feeder(subject: _Subject, folder: Path) -> Callable[[int], Iterator[Batch]]:
+    """From a number of batches made ahead to batches as train.main has them, of random tokens."""
+    dataset = random_dataset(
+        folder,
+        vocab_size=subject.cfg.vocab_size,
+        length=subject.length,
+        rows=DATASET_BATCHES * subject.batch_size,
+        documents=subject.documents,
     )
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch_size, length + 1), np.int32)
-    size = -(-length // documents)
-    positions, segments = (np.broadcast_to(a.astype(np.int32), (batch_size, length)) for a in (
-        np.arange(length) % size, np.arange(length) // size + 1
-    ))  # fmt: skip
-    weights = (np.arange(length) % size < size - 1).astype(np.float32) + np.zeros((batch_size, length), np.float32)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], weights, positions, segments)
-    return jax.device_put(batch, Batch(*(sharding(mesh, axes, (batch_size, length)) for axes in BATCH_AXES)))
+    return lambda prefetch: train_feed(dataset, subject.mesh, batch_size=subject.batch_size, seed=0, prefetch=prefetch)
 
 
 def _peak_bytes() -> int:

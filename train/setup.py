@@ -1,14 +1,13 @@
 """From a recipe and a WORKDIR to a run that is ready: model, data, mesh, and a state that is new or goes on."""
 
-import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -17,16 +16,16 @@ from llama_jax.checkpoint.adapter import adapter_record
 from llama_jax.checkpoint.layout import Source
 from llama_jax.checkpoint.store import Checkpoint
 from llama_jax.config import ModelConfig
-from llama_jax.data.batch import BATCH_AXES, Batch
+from llama_jax.data.batch import Batch
 from llama_jax.data.dataset import PackedDataset
 from llama_jax.data.opening import DataConfig, open_dataset
-from llama_jax.data.pipeline import batch_rows, eval_batches, train_batches
+from llama_jax.data.pipeline import batch_rows
 from llama_jax.data.sources import parse_sources
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.load import chat_format_of_weights, open_weights, tokenizer_of
 from llama_jax.mesh import resolve_mesh
 from llama_jax.ops.kernels.probe import choose_attention
-from llama_jax.sharding import make_mesh, sharding
+from llama_jax.sharding import make_mesh
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.restoring import initial_params, restore
@@ -34,6 +33,7 @@ from llama_jax.training.saving import Retention, Saver
 from llama_jax.training.state import StateForm, TrainState, init_state, trained_axes
 from llama_jax.training.step import StepConfig, make_eval_step, make_train_step
 from llama_jax.training.stored import state_layout
+from train.feed import held_out_feed, train_feed
 from train.recipe import Recipe, changed
 
 
@@ -67,27 +67,12 @@ class Run:
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Batches on the mesh, from that of step + 1 on."""
-        run = self.recipe.run
-        rows, place = _own_rows(self.mesh, run.batch_size, run.length)
-        numbers = train_batches(
-            self.dataset,
-            batch_size=run.batch_size,
-            seed=run.seed,
-            start_step=step,
-            rows=rows,
-            prefetch=self.recipe.data.prefetch,
-        )
-        with contextlib.closing(numbers):
-            for batch in numbers:
-                yield place(batch)
+        run, prefetch = self.recipe.run, self.recipe.data.prefetch
+        return train_feed(self.dataset, self.mesh, batch_size=run.batch_size, seed=run.seed, start_step=step, prefetch=prefetch)
 
     def held_out_batches(self, dataset: PackedDataset) -> Iterator[Batch]:
-        run = self.recipe.run
-        rows, place = _own_rows(self.mesh, run.batch_size, run.length)
-        for i, batch in enumerate(eval_batches(dataset, run.batch_size, rows)):
-            if i == self.recipe.eval.batches > 0:
-                return
-            yield place(batch)
+        batches = held_out_feed(dataset, self.mesh, batch_size=self.recipe.run.batch_size)
+        return itertools.islice(batches, self.recipe.eval.batches or None)
 
     def documents(self, step: int) -> list[str]:
         """FILE:RECORD of everything in the batch that made this step."""
@@ -236,20 +221,3 @@ def _held_out(data: DataConfig) -> dict[str, str]:
     if len(set(names)) < len(names):
         names = [entry.pattern for entry in entries]
     return dict(zip(names, (entry.pattern for entry in entries), strict=True))
-
-
-def _own_rows(mesh: Mesh, batch_size: int, length: int) -> tuple[slice, Callable[[Batch], Batch]]:
-    """Which rows of a batch this process needs, and what puts them where its devices have them."""
-    shape = (batch_size, length)
-    place = sharding(mesh, BATCH_AXES.tokens, shape)
-    parts = [index[0].indices(batch_size)[:2] for index in place.addressable_devices_indices_map(shape).values()]
-    first, last = min(begin for begin, _ in parts), max(end for _, end in parts)
-
-    def put(rows: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            begin, end, _ = index[0].indices(batch_size)
-            return rows[begin - first : end - first]
-
-        return jax.make_array_from_callback(shape, place, part)
-
-    return slice(first, last), lambda batch: Batch(*map(put, batch))

@@ -51,7 +51,7 @@ def write(cache: LayerCache, k: Array, v: Array, start: Array) -> LayerCache:
 
     def put(slots: Array, new: Array, start: Array) -> Array:
         new = new.astype(slots.dtype).swapaxes(1, 2)
-        return jax.lax.platform_dependent(slots, new, start, cpu=_write_rows, tpu=_write_on_tpu, default=_write_batch)
+        return jax.lax.platform_dependent(slots, new, start, cpu=_write_on_cpu, tpu=_write_on_tpu, default=_write_batch)
 
     def put_local(slots: Array, new: Array) -> Array:  # the loop over rows is each device's own
         axes = CACHE_AXES[: slots.ndim]
@@ -67,8 +67,8 @@ def _write_batch(slots: Array, new: Array, start: Array) -> Array:
 
 
 def _write_rows(slots: Array, new: Array, start: Array, axis: int = 2) -> Array:
-    """Row by row, slots along `axis`: the batched form is a scatter, for which XLA:CPU copies the cache (and makes bfloat16
-    float32), and of which XLA:TPU makes such a loop, too, with 7 kernels a row instead of 3 (libtpu 0.0.42)."""
+    """Row by row, slots along `axis`: the batched form is a scatter, for which XLA:CPU copies the cache, and of which XLA:TPU
+    makes such a loop, too, with 7 kernels a row instead of 3 (libtpu 0.0.42)."""
 
     def write_row(b: Array, slots: Array) -> Array:
         at = [b if i == 0 else start[b] if i == axis else 0 for i in range(slots.ndim)]
@@ -76,6 +76,26 @@ def _write_rows(slots: Array, new: Array, start: Array, axis: int = 2) -> Array:
 
     # The end is no constant: XLA:CPU would unroll a loop over one row and copy the cache again, and libtpu 0.0.42 fails.
     return jax.lax.fori_loop(0, jnp.where(start[0] < 0, 0, slots.shape[0]), write_row, slots)
+
+
+def _write_on_cpu(slots: Array, new: Array, start: Array) -> Array:
+    """Row by row but for 16-bit floats, of which XLA:CPU would make the whole cache float32 and back for every row."""
+    return _write_bits(slots, new, start) if slots.dtype.itemsize == 2 else _write_rows(slots, new, start)
+
+
+def _write_bits(slots: Array, new: Array, start: Array) -> Array:
+    """Every slot takes a token's bits or keeps its own; the compiled loop does not touch what is kept."""
+    T, bits = new.shape[2], jax.lax.bitcast_convert_type(new, jnp.uint16)
+
+    def write_all(zero: Array, slots: Array) -> Array:
+        token = (jnp.arange(slots.shape[2]) - start[:, None] - zero)[:, None, :, None]  # [B, 1, S, 1]: which of the T is there
+        added = bits if T == 1 else jnp.take_along_axis(bits, jnp.clip(token, 0, T - 1), axis=2, mode="promise_in_bounds")
+        own = jax.lax.bitcast_convert_type(slots, jnp.uint16)
+        return jax.lax.bitcast_convert_type(jnp.where((token >= 0) & (token < T), added, own), slots.dtype)
+
+    # A loop that runs once, which XLA:CPU does not know: readers of a cache of one row would write a copy of it, too. What does
+    # not depend on the loop would be made ahead of it, as large as the cache.
+    return jax.lax.fori_loop(0, jnp.where(start[0] < 0, 0, 1), write_all, slots)
 
 
 def _write_on_tpu(slots: Array, new: Array, start: Array) -> Array:

@@ -69,3 +69,13 @@ def test_a_cache_in_int8_is_written_as_it_lies_and_cast_once_a_step(cfg, batch, 
     others = ("copy", "transpose", "multiply", "broadcast", "select", "pad", "scatter", "concatenate")
     assert not touched(found, (*others, "dynamic-update-slice"), {size}, ("f32", "bf16"))
     assert not touched(found, others, {size}, ("s8",))
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("cfg", [MHA, GQA], ids=["one key head per query head", "grouped"])
+def test_a_cache_of_16_bits_is_written_as_it_lies(cfg, batch):
+    """All layers' keys and values in one pass that keeps bits; XLA:CPU updates slices of bfloat16 in a float32 copy."""
+    size = batch * cfg.num_kv_heads * CACHE_LENGTH * cfg.head_dim
+    found = decode_program(cfg, params_of(cfg, jnp.bfloat16), batch)
+    assert not touched(found, ("convert", "dynamic-update-slice", "copy", "scatter"), {size}, ("f32", "bf16", "u16"))
+    assert len(touched(found, ("select",), {size}, ("u16",))) == 2 * cfg.num_layers

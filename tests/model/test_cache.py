@@ -167,7 +167,7 @@ def stored(x: np.ndarray, dtype: DTypeLike) -> Array | QVectors:
     return quantize_vectors(x) if dtype == jnp.int8 else x.astype(dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8])
 @pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("starts", [[0], [7], [20], [3, 0, 20]], ids=str)
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
@@ -192,10 +192,10 @@ def test_a_row_is_written_at_its_own_start_and_nowhere_else(platform, starts, le
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_donated_cache_is_written_in_place(rows, dtype):
-    half = jax.ShapeDtypeStruct((rows, K, 4096, H), dtype)
+    half = jax.ShapeDtypeStruct((rows, K, 4096, 64), dtype)
     half = QVectors(half, jax.ShapeDtypeStruct(half.shape[:-1], jnp.float32)) if dtype == jnp.int8 else half
     cache = LayerCache(half, half)
-    new = jax.ShapeDtypeStruct((rows, 1, K, H), jnp.float32 if dtype == jnp.int8 else dtype)
+    new = jax.ShapeDtypeStruct((rows, 1, K, 64), jnp.float32 if dtype == jnp.int8 else dtype)
     starts = jax.ShapeDtypeStruct((rows,), jnp.int32)
     memory = jax.jit(write, donate_argnums=0).lower(cache, new, new, starts).compile().memory_analysis()
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

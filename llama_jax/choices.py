@@ -17,7 +17,8 @@ def check_preset(preset: str, known: Collection[str], remark: str = "") -> None:
     if preset not in known:
         near = difflib.get_close_matches(preset, known, 1, cutoff=0.5)
         meant = f"did you mean {near[0]}? " if near else ""
+        said = f"no preset {preset!r}" if preset else "a preset is missing"
         raise LlamaError(
             ExitCode.BAD_REQUEST,
-            f"no preset {preset!r}: {meant}--config=FILE.py:PRESET takes one of {', '.join(known)}{remark and f'; {remark}'}",
+            f"{said}: {meant}--config=FILE.py:PRESET takes one of {', '.join(known)}{remark and f'; {remark}'}",
         )

@@ -91,7 +91,7 @@ def test_what_lm_eval_passes_by_itself_is_taken():
         (["--model", "hf", "--tasks", "piqa"], "this command runs llama_jax"),
         (["--published", "llama2_7b", "--tasks", "piqa"], "goes with --config"),
         (["--config", "configs/none.py:math"], "no file configs/none.py"),
-        (["--config", "configs/eval.py"], "no preset '': .* code, commonsense"),
+        (["--config", "configs/eval.py"], "a preset is missing: .* code, commonsense"),
         (["--config", "configs/eval.py:maths"], "no preset 'maths': did you mean math"),
         (["--config", "configs/eval.py:math", "--published", "llama3_8b"], "has no llama3_8b; it has .*llama2_7b"),
         (["--config", "configs/eval.py:math", "--tasks", "piqa"], "says which tasks"),

@@ -83,10 +83,10 @@ def _subject(config: dict[str, Any]) -> _Subject:
     cfg, train, lora = ModelConfig(**config["model"]), dict(config["train"]), dict(config["lora"])
     batch_size, length, scan = (train.pop(name) for name in ("batch_size", "length", "scan_layers"))
     attention, documents = train.pop("attention"), config["documents"]
-    if not 1 <= documents <= length // 2:
-        raise LlamaError(
-            ExitCode.BAD_CONFIG, f"documents is {documents}, expected 1 to {length // 2} in a row of {length:,} tokens"
-        )
+    _check("train.batch_size", batch_size, 1)
+    _check("train.length", length, 2, cfg.max_length)
+    _check("documents", documents, 1, length // 2)
+    _check("steps", config["steps"], 1)
     mesh = make_mesh(resolve_mesh(cfg, MeshShape(**config["mesh"]), jax.device_count(), batch_size=batch_size))
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     kernels = choose_attention(attention, mesh.devices.flat[0], cfg.head_dim, lambda line: print(line, file=sys.stderr))
@@ -95,6 +95,12 @@ def _subject(config: dict[str, Any]) -> _Subject:
     form = step.form(LoraConfig(**lora), **base)
     optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), trained_axes(cfg, form))
     return _Subject(cfg, mesh, step, form, optimizer, batch_size, length, documents)
+
+
+def _check(name: str, value: int, least: int, most: int | None = None) -> None:
+    if not least <= value <= (value if most is None else most):
+        wanted = f"{least} or more" if most is None else f"{least} to {most:,}"
+        raise LlamaError(ExitCode.BAD_CONFIG, f"{name} is {value:,}, expected {wanted}")
 
 
 def _whole_step(subject: _Subject, steps: int, parts: bool) -> dict[str, float]:

@@ -24,10 +24,10 @@ def test_every_row_of_the_random_data_holds_as_many_documents(tmp_path, length, 
         assert row.tokens.max() < 70
 
 
-def config(**settings):
+def config():
     found = train_bench.get_config("tiny")
     found.train.update(batch_size=8, length=32, dtype="float32")
-    found.update(steps=2, **settings)
+    found.steps = 2
     return found.to_dict()
 
 
@@ -39,8 +39,21 @@ def test_a_step_is_split_into_input_gradient_and_optimizer():
     assert found["tokens_per_second"] == pytest.approx(256 / found["step_seconds"])
 
 
-@pytest.mark.parametrize("documents", [0, 17])
-def test_documents_that_do_not_fit_a_row_are_refused(documents):
-    with pytest.raises(LlamaError, match=f"documents is {documents}, expected 1 to 16 in a row of 32 tokens") as refused:
-        measure(config(documents=documents))
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("documents", 0, "1 to 16"),
+        ("documents", 17, "1 to 16"),
+        ("steps", 0, "1 or more"),
+        ("train.batch_size", 0, "1 or more"),
+        ("train.length", 1, "2 to 256"),
+        ("train.length", 257, "2 to 256"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(name, value, wanted):
+    found = config()
+    group = found["train"] if name.startswith("train.") else found
+    group[name.removeprefix("train.")] = value
+    with pytest.raises(LlamaError, match=f"{name} is {value}, expected {wanted}") as refused:
+        measure(found)
     assert refused.value.code == ExitCode.BAD_CONFIG

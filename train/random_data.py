@@ -6,7 +6,6 @@ import numpy as np
 
 from llama_jax.data.dataset import PackedDataset, Part
 from llama_jax.data.documents import Document
-from llama_jax.data.opening import DataConfig
 from llama_jax.data.packing import pack
 from llama_jax.data.store import Documents, TokenStore, shard_file, write_shard
 
@@ -27,8 +26,7 @@ def random_dataset(folder: Path, *, vocab_size: int, length: int, rows: int, doc
     written = write_shard(shard_file(folder, 0), [Document(ids, learnt, "text") for ids in tokens], range(len(tokens)), dtype)
     shard = dict(path="random", first=0, records=len(tokens), skipped=0, first_skipped="", **written)
     found = Documents([TokenStore(folder, {"shards": [shard]})])
-    window = DataConfig.window
-    index = pack(found.lengths(), length, seed=0, packing=DataConfig.packing, window=window - window % documents)
+    index = pack(found.lengths(), length, seed=0, packing="best_fit", window=documents)
     counts = dict.fromkeys(("skipped", "split", "truncated", "dropped"), 0)
     counts |= {"documents": len(found), "tokens": written["tokens"], "learnt_tokens": written["learnt_tokens"]}
     return PackedDataset([Part("random", found, index, counts, "random")], None, length)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,6 +23,7 @@ from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.model import LoraConfig, param_shapes
 from llama_jax.model.quantize import NUM_INPUTS
 from llama_jax.ops.kernels.probe import choose_attention
+from llama_jax.ops.linear import matmul
 from llama_jax.sharding import make_mesh
 from llama_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from llama_jax.training.state import StateForm, TrainState, init_state, trained, trained_axes, with_trained
@@ -194,7 +194,7 @@ def _product_seconds(tokens: int, outputs: int, inputs: int, dtype: str) -> tupl
     x, w, dy = (jax.random.normal(key, shape, dtype) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
 
     def product(equation: str, result: str) -> Callable[..., jax.Array]:
-        return jax.jit(lambda a, b: jnp.einsum(equation, a, b, preferred_element_type=jnp.float32).astype(result))
+        return jax.jit(lambda a, b: matmul(equation, a, b).astype(result))
 
     y, dx, dw = product("MI,OI->MO", dtype), product("MO,OI->MI", dtype), product("MO,MI->OI", "float32")
     return _seconds(lambda: y(x, w)), _seconds(lambda: dx(dy, w)) + _seconds(lambda: dw(dy, x))

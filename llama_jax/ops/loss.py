@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from llama_jax.ops.attention import MASKED
-from llama_jax.ops.linear import gather_table, precision
-from llama_jax.sharding import RULES, constrain, is_partitioned, per_device, sum_and_scatter
+from llama_jax.ops.linear import gather_table, local_ids, matmul
+from llama_jax.sharding import RULES, constrain, is_partitioned, mesh_axis_size, per_device, sum_and_scatter
 
 LOGITS_BYTES = 2**28  # of a chunk's logits in float32, on each device
 X_AXES, HEAD_AXES, GATHERED_AXES, TOKEN_AXES = (
@@ -82,29 +82,30 @@ def _local_loss(x, head, targets, weights, *, vocab_size, z_loss, with_gradients
         for a in (x, targets, weights)
     )
     over_vocab = functools.partial(jax.lax.psum, axis_name="tensor") if on_mesh else lambda part: part
-    ids = jnp.arange(V) + (jax.lax.axis_index("tensor") * V if on_mesh else 0)
-    dot = functools.partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+    first = jax.lax.axis_index("tensor") * V if on_mesh else 0
+    has_padding = V * mesh_axis_size("tensor") > vocab_size
 
     def chunk(carry, inputs):
         loss, unpenalised, dhead = carry
         x, targets, weights = inputs
-        logits = dot("MD,VD->MV", x, head)
-        logits = jnp.where(ids < vocab_size, logits, MASKED)
+        logits = matmul("MD,VD->MV", x, head)
+        if has_padding:
+            logits = jnp.where(jnp.arange(V) + first < vocab_size, logits, MASKED)
         largest = jnp.max(logits, axis=-1)
         largest = jax.lax.pmax(largest, "tensor") if on_mesh else largest
         exps = jnp.exp(logits - largest[:, None])
         total = over_vocab(jnp.sum(exps, axis=-1))
         log_z = largest + jnp.log(total)
-        is_target = ids == targets[:, None]
-        target = over_vocab(jnp.sum(jnp.where(is_target, logits, 0), axis=-1))
+        targets = local_ids(targets, V)
+        target = over_vocab(jax.lax.platform_dependent(logits, targets, cpu=_indexed, default=_summed))
         loss += jnp.sum(weights * (log_z - target + z_loss * log_z**2))
         unpenalised += jnp.sum(weights * (log_z - target))
         if not with_gradients:
             return (loss, unpenalised, dhead), None
         probs = exps * ((1 + 2 * z_loss * log_z) / total)[:, None]
-        dlogits = ((probs - is_target) * weights[:, None]).astype(x.dtype)
-        dx = over_vocab(dot("MV,VD->MD", dlogits, head)).astype(x.dtype)
-        return (loss, unpenalised, dhead + dot("MV,MD->VD", dlogits, x)), dx
+        dlogits = ((probs - _is_target(logits, targets)) * weights[:, None]).astype(x.dtype)
+        dx = over_vocab(matmul("MV,VD->MD", dlogits, head)).astype(x.dtype)
+        return (loss, unpenalised, dhead + matmul("MV,MD->VD", dlogits, x)), dx
 
     dhead = jnp.zeros((V, D), jnp.float32) if with_gradients else None
     (loss, unpenalised, dhead), dx = jax.lax.scan(chunk, (jnp.float32(0), jnp.float32(0), dhead), xs)
@@ -116,3 +117,17 @@ def _local_loss(x, head, targets, weights, *, vocab_size, z_loss, with_gradients
     if on_mesh:
         dhead = sum_and_scatter(dhead, axis=1)
     return losses, dx.reshape(chunks * size, D)[: B * T].reshape(B, T, D), dhead
+
+
+def _indexed(logits: Array, targets: Array) -> Array:
+    """[M, V], [M] -> [M], 0 where a target lies past the end. XLA:CPU would write what is summed in memory."""
+    return logits.at[jnp.arange(logits.shape[0]), targets].get(mode="fill", fill_value=0)
+
+
+def _summed(logits: Array, targets: Array) -> Array:
+    """The same, fused with what else is done with logits."""
+    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+
+
+def _is_target(logits: Array, targets: Array) -> Array:
+    return jnp.arange(logits.shape[1]) == targets[:, None]

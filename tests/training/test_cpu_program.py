@@ -1,0 +1,40 @@
+"""What XLA:CPU makes of a training step: products of 16-bit floats are multiplied as such, angles are computed once."""
+
+import re
+
+import jax
+import pytest
+
+from llama_jax.plan.hlo import instructions
+from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.state import StateForm, state_shapes, trained_axes
+from llama_jax.training.step import StepConfig, make_train_step
+from tests.training.make import CFG, OPTIMIZER, TIED, batch_of, training_mesh
+
+
+def step_program(cfg, *, scan: bool, dtype: str = "bfloat16"):
+    mesh, form = training_mesh(None), StateForm(scan=scan)
+    optimizer = make_optimizer(OPTIMIZER, trained_axes(cfg, form))
+    step = make_train_step(cfg, StepConfig(dtype=dtype, remat="none", scan_layers=scan), optimizer, mesh)
+    with jax.set_mesh(mesh):
+        text = step.lower(state_shapes(cfg, optimizer, form, tensor=1), batch_of(cfg)).compile().as_text()
+    return list(instructions(text))
+
+
+@pytest.mark.parametrize("cfg", [CFG, TIED], ids=["", "tied"])
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_every_product_of_a_bfloat16_step_is_of_bfloat16(cfg, scan):
+    """Of two operands whose tokens come first XLA:CPU would make float32 arrays."""
+    found = step_program(cfg, scan=scan)
+    made = {(i.computation, i.name): i.arrays[0] for i in found if i.arrays}
+    operands = [
+        [made[i.computation, name] for name in re.findall(r"%?([\w.-]+)", i.operands)[:2]] for i in found if i.opcode == "dot"
+    ]
+    assert len(operands) >= 30
+    assert [pair for pair in operands if {dtype for dtype, _ in pair} != {"bf16"}] == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_angles_have_their_cosines_taken_once(dtype):
+    found = step_program(CFG, scan=False, dtype=dtype)
+    assert [sum(i.opcode == name and i.arrays[0][1] != () for i in found) for name in ("cosine", "sine")] == [1, 1]

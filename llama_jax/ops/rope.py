@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from llama_jax.config import ModelConfig
+from llama_jax.sharding import is_partitioned
 
 # Positions below 2**20 and frequencies in fixed point: 32 bits of a turn, and 12 more that only sum up far away.
 _MAX_POSITION_BITS = 20
@@ -34,7 +35,7 @@ def rope_angles(cfg: ModelConfig, positions: Array, length: Array | int) -> tupl
     if cfg.rope_type == "dynamic":
         freqs = _dynamic_frequencies(cfg, length)
         angles = positions[:, :, None].astype(jnp.float32) * (freqs[:, None, :] if freqs.ndim == 2 else freqs)
-        return jnp.cos(angles), jnp.sin(angles)
+        return _once(positions, jnp.cos(angles), jnp.sin(angles))
     turns = _frequencies(cfg) / (2 * math.pi) % 1
     scaled = np.floor(np.ldexp(turns, 32))
     extra_bits = 32 - _MAX_POSITION_BITS
@@ -43,7 +44,20 @@ def rope_angles(cfg: ModelConfig, positions: Array, length: Array | int) -> tupl
     angle = p * scaled.astype(np.uint32) + ((p * extra.astype(np.uint32)) >> extra_bits)
     angles = jax.lax.bitcast_convert_type(angle, jnp.int32).astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
     scale = cfg.rope_attention_factor if cfg.rope_type == "yarn" else 1.0
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    return _once(positions, jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+
+
+def _once(positions: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+    """The same, computed once: XLA:CPU would take the cosines anew in every rotation, for every head of every layer. It keeps
+    what leaves a loop; this one runs once, which it does not know. (On a mesh devices would tell each other how often.)"""
+    if is_partitioned():
+        return cos, sin
+
+    def looped(positions: Array, *angles: Array) -> tuple[Array, ...]:
+        rounds = jnp.where(positions[0, 0] < 0, 0, 1)
+        return jax.lax.fori_loop(0, rounds, lambda *_: angles, jax.tree.map(jnp.zeros_like, angles))
+
+    return jax.lax.platform_dependent(positions, cos, sin, cpu=looped, default=lambda _, *angles: angles)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

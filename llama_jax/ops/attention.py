@@ -153,9 +153,11 @@ def _attend(q: Array, k: Array | QVectors, v: Array | QVectors, mask: Array) -> 
         unit = jnp.maximum(jnp.max(v.scale, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)  # [B, K, 1]
         v = v._replace(scale=v.scale / unit)
     scores = _scaled(dot("BTKGH,BKSH->BKGTS", q, _values(k, dtype)) * H**-0.5, k)
-    weights = _scaled(jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1), v).astype(dtype)
-    # The product is left in its natural order and moved after: XLA:CPU has no bfloat16 kernel that writes BTKGH.
-    out = dot("BKGTS,BKSH->BKGTH", weights, _values(v, dtype))
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    exps = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    # The product is left in its natural order and moved after: XLA:CPU has no bfloat16 kernel that writes BTKGH. Its rows are
+    # divided by their sums, not the probabilities: fewer numbers, and so in the backward pass.
+    out = dot("BKGTS,BKSH->BKGTH", _scaled(exps, v).astype(dtype), _values(v, dtype)) / jnp.sum(exps, axis=-1, keepdims=True)
     if has_unit:
         out *= unit[..., None, None]
     return jnp.moveaxis(out.astype(dtype), 3, 1).reshape(B, T, N, H)

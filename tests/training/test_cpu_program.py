@@ -5,6 +5,7 @@ import re
 import jax
 import pytest
 
+from llama_jax.model import param_shapes
 from llama_jax.plan.hlo import instructions
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.state import StateForm, state_shapes, trained_axes
@@ -38,3 +39,11 @@ def test_every_product_of_a_bfloat16_step_is_of_bfloat16(cfg, scan):
 def test_angles_have_their_cosines_taken_once(dtype):
     found = step_program(CFG, scan=False, dtype=dtype)
     assert [sum(i.opcode == name and i.arrays[0][1] != () for i in found) for name in ("cosine", "sine")] == [1, 1]
+
+
+@pytest.mark.parametrize("cfg", [CFG, TIED], ids=["", "tied"])
+def test_weights_and_moments_are_replaced_where_they_lie(cfg):
+    matrices = {leaf.shape for leaf in jax.tree.leaves(param_shapes(cfg)) if len(leaf.shape) > 1}
+    found = step_program(cfg, scan=False)
+    assert any(i.arrays[0][1] in matrices for i in found if i.opcode == "parameter")
+    assert [str(i) for i in found if i.opcode == "copy" and i.arrays[0][0] == "f32" and i.arrays[0][1] in matrices] == []

@@ -148,15 +148,20 @@ def _attend(q: Array, k: Array | QVectors, v: Array | QVectors, mask: Array) -> 
     B, T, N, H = q.shape
     K = k.shape[1]
     dtype = q.dtype
-    q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
+    q = q.reshape(B, T, K, N // K, H)
     if has_unit := isinstance(v, QVectors) and dtype == jnp.float16:  # which holds no probability times a small scale
         unit = jnp.maximum(jnp.max(v.scale, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)  # [B, K, 1]
         v = v._replace(scale=v.scale / unit)
-    scores = _scaled(dot("BKGTH,BKSH->BKGTS", q, _values(k, dtype)) * H**-0.5, k)
+    # XLA:CPU transposes the scores of the first form, and the keys of the second: here, what is smaller.
+    if T * (N // K) < H:
+        scores = dot("BTKGH,BKSH->BKGTS", q, _values(k, dtype))
+    else:
+        scores = dot("BKGTH,BKSH->BKGTS", jnp.moveaxis(q, 1, 3), _values(k, dtype))
+    scores = _scaled(scores * H**-0.5, k)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     exps = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    # Both products are in their natural order, and moved after: XLA:CPU has no bfloat16 kernel that writes BTKGH. Rows of the
-    # result are divided by their sums, not the probabilities: fewer numbers, and so in the backward pass.
+    # The product is left in its natural order and moved after: XLA:CPU has no bfloat16 kernel that writes BTKGH. Its rows are
+    # divided by their sums, not the probabilities: fewer numbers, and so in the backward pass.
     out = dot("BKGTS,BKSH->BKGTH", _scaled(exps, v).astype(dtype), _values(v, dtype)) / jnp.sum(exps, axis=-1, keepdims=True)
     if has_unit:
         out *= unit[..., None, None]

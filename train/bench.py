@@ -17,8 +17,10 @@ CONFIG = program.define_config()
 
 
 def main() -> None:
+    from train.host_memory import keep_freed_memory
     from train.measure import measure
 
+    keep_freed_memory()
     print(json.dumps(measure(CONFIG.value.to_dict())))
 
 

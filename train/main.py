@@ -23,12 +23,14 @@ WORKDIR = flags.DEFINE_string("workdir", "", "directory of the run; all processe
 
 def main() -> None:
     from llama_jax.generation.load import keep_compiled_programs
+    from train.host_memory import keep_freed_memory
     from train.loop import run_recipe
     from train.recipe import read_recipe
 
     recipe, workdir = read_recipe(CONFIG.value), distributed.broadcast(WORKDIR.value)
     if not workdir:
         raise LlamaError(ExitCode.BAD_REQUEST, "no --workdir=DIR: where checkpoints and metrics go")
+    keep_freed_memory()
     keep_compiled_programs()
     run_recipe(recipe, epath.Path(workdir), shlex.join(["python", "-m", "train.main", *sys.argv[1:]]))
 

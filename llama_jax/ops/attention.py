@@ -34,15 +34,19 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
     """
 
     def plain(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-        k, v, T = k.swapaxes(1, 2), v.swapaxes(1, 2), q.shape[1]
+        T = q.shape[1]
         size = max(QUERIES, -(-T // MOST_BLOCKS))
+        firsts = list(range(size, T, size))
+        ks, vs = (jnp.split(x.swapaxes(1, 2), firsts, axis=2) for x in (k, v))
         blocks = []
-        for first in range(0, T, size):  # of queries; what no query of a block may see is not multiplied
-            last = min(first + size, T)
+        for i, part in enumerate(jnp.split(q, firsts, axis=1)):  # what no query of a block may see is not multiplied
+            first, last = i * size, min((i + 1) * size, T)
             mask = (jnp.arange(last) <= jnp.arange(first, last)[:, None])[None]
             if segment_ids is not None:
                 mask = mask & (segment_ids[:, first:last, None] == segment_ids[:, None, :last])
-            blocks.append(attend(q[:, first:last], k[:, :, :last], v[:, :, :last], mask))
+            # XLA slices for a concatenation of neighbours; the gradient of a slice would be padded to the whole length.
+            keys, values = (jnp.concatenate(x[: i + 1], axis=2) for x in (ks, vs))
+            blocks.append(attend(part, keys, values, mask))
         return checkpoint_name(jnp.concatenate(blocks, axis=1), "attention")
 
     heads, kv_heads = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")

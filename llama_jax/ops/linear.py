@@ -295,6 +295,8 @@ def _dot_backward(equation: str, saved: tuple[Array, Array], cotangent: Array) -
 def _product_as(result: str, letters_a: str, a: Array, letters_b: str, b: Array) -> Array:
     """The product in the operands' dtype, axes moved after the cast: XLA:CPU has no bfloat16 kernel for every order."""
     shared = [letter for letter in letters_a if letter in letters_b and letter in result]
+    if result[len(shared)] in letters_b:  # then none has to be moved
+        letters_a, a, letters_b, b = letters_b, b, letters_a, a
     free = [letter for letter in letters_a + letters_b if letter in result and letter not in shared]
     natural = "".join(shared + free)
     product = _einsum(f"{letters_a},{letters_b}->{natural}", a, b).astype(a.dtype)

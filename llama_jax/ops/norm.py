@@ -21,4 +21,5 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * weight.astype(x.dtype)
+    # Cast after it is repeated: its gradient is summed over tokens in float32.
+    return normed.astype(x.dtype) * jnp.broadcast_to(weight, x.shape).astype(x.dtype)

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
+from llama_jax.cpu_features import has_amx
 from llama_jax.ops.qarray import QArray, W8A8Array, dequantize, quantize
 from llama_jax.sharding import RULES, constrain, fsdp_is_wide, is_partitioned, mesh_axis_size, per_device, sum_and_scatter
 
@@ -107,14 +107,10 @@ def _multiplied(equation: str, x: Array, weight: Array) -> Array:
     return jax.lax.platform_dependent(x, weight, cpu=padded, default=functools.partial(_einsum, equation))
 
 
-@functools.cache
 def _cpu_rows() -> int:
     """That a single one is multiplied as on a CPU: four with AMX, where two take 1.1 times as long; two with AVX2, where four
     take 1.2 to 1.5 times as long."""
-    try:
-        return 4 if "amx_tile" in Path("/proc/cpuinfo").read_text() else 2
-    except OSError:  # no Linux
-        return 2
+    return 4 if has_amx() else 2
 
 
 def matmul(equation: str, a: Array, b: Array) -> Array:

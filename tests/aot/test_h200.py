@@ -67,7 +67,8 @@ def test_training_of_7b_on_a_node_gathers_weights_twice_and_scatters_float32_gra
     assert sum(len(i.arrays) // 2 for i in gathers) == 14 * cfg.num_layers + 2
     scattered = [dtype for i in program if i.opcode == "reduce-scatter" for dtype, shape in i.arrays if len(shape) > 1]
     assert set(scattered) == {"f32"} and len(scattered) // 2 >= 7 * cfg.num_layers + 2
-    assert not [i for i in program if i.opcode == "all-reduce" and i.nbytes > 2**20]
+    norms = 4 * (2 * cfg.num_layers + 1) * cfg.embed_dim  # bytes of their gradients, which no axis divides; and a few numbers
+    assert not [i for i in program if i.opcode == "all-reduce" and i.nbytes > norms + 4096]
     assert attention_kernels(program) == 4 * cfg.num_layers  # forward, again, dq, dk and dv
 
 

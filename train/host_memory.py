@@ -11,9 +11,9 @@ def keep_freed_memory() -> None:
     """Has malloc keep what is freed for later, where a CPU is the device. To be called before the first use of a device.
 
     XLA:CPU allocates a program's temporary buffers at every call. glibc maps blocks of this size anew, and the kernel clears
-    their pages when they are first written: 1.3 GiB a step of the 110M model of two rows, a fifth of its time. The main thread's
-    heap keeps them, if it may grow by any block and never shrinks (the process stays as large as it was at most); heaps of
-    other threads hold no large block. So programs run in the thread that calls them.
+    their pages when they are first written: 1.3 GiB a step of the 110M model of two rows, a fifth of its time. The main
+    thread's heap keeps them, if it may grow by any block and never shrinks (the process stays as large as it was at most);
+    heaps of other threads hold no large block. So programs run in the thread that calls them.
 
     Other devices' hosts are left as they are, and systems without glibc.
     """

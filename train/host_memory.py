@@ -17,9 +17,11 @@ def keep_freed_memory() -> None:
 
     Other devices' hosts are left as they are, and systems without glibc.
     """
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or jax.default_backend() != "cpu":
+    if mallopt is None:
+        return
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when devices are first looked for, as in the next line
+    if jax.default_backend() != "cpu":
         return
     for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
         mallopt(parameter, value)

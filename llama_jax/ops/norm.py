@@ -21,5 +21,24 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    # Cast after it is repeated: its gradient is summed over tokens in float32.
-    return normed.astype(x.dtype) * jnp.broadcast_to(weight, x.shape).astype(x.dtype)
+    return _scale(normed.astype(x.dtype), weight)
+
+
+@jax.custom_vjp
+def _scale(x: Array, weight: Array) -> Array:
+    """[..., D] times [D], whose gradient is summed over tokens in float32."""
+    return x * weight.astype(x.dtype)
+
+
+def _scale_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _scale(x, weight), (x, weight)
+
+
+def _scale_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    products = cotangent.astype(jnp.float32) * x.astype(jnp.float32)
+    gradient = jnp.sum(products, axis=tuple(range(x.ndim - 1)))
+    return cotangent * weight.astype(x.dtype), gradient.astype(weight.dtype)
+
+
+_scale.defvjp(_scale_forward, _scale_backward)

@@ -89,7 +89,8 @@ def train(run: Run, log: Log) -> None:
 
 
 class _Reader:
-    """Reads a step's numbers when the next one is under way, so that the devices do not wait for the host."""
+    """Reads a step's numbers when the next one is under way, so that the devices do not wait for the host; on a CPU, which is
+    both and runs a step in the call (train.host_memory), at once."""
 
     def __init__(self, run: Run, log: Log):
         self._run, self._log = run, log
@@ -97,11 +98,12 @@ class _Reader:
         self._waiting: deque[tuple[int, Any, float]] = deque()
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self._last = time.monotonic()
+        self._under_way = 0 if jax.default_backend() == "cpu" else 1
 
     def add(self, step: int, numbers: Any, waited: float) -> None:
         """A step that is under way, whose batch took so long to come."""
         self._waiting.append((step, numbers, waited))
-        while len(self._waiting) > 1:
+        while len(self._waiting) > self._under_way:
             self._read()
 
     def read_all(self) -> None:

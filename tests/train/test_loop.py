@@ -1,10 +1,12 @@
-"""What the loop does when a step goes wrong."""
+"""What the loop does when a step goes wrong, and how it times those that do not."""
+
+import statistics
 
 import pytest
 
 from configs import pretrain
 from llama_jax.errors import ExitCode, LlamaError
-from tests.train.make import MODEL, config_of, lines, run, stored, write_texts, write_tokenizer
+from tests.train.make import MODEL, command, config_of, finish, lines, run, start, stored, write_texts, write_tokenizer
 
 STEPS, EVERY = 5, 2
 
@@ -38,3 +40,13 @@ def test_or_it_is_skipped_and_the_run_goes_on(settings, tmp_path, capsys):
     assert [name for name in before if before[name] != after[name]] == ["state/step"]
     said = capsys.readouterr().err
     assert said.count(": skipped") == 3 and "texts.jsonl:" in said
+
+
+def test_a_step_s_time_is_its_own(settings, tmp_path):
+    """train.main runs a CPU's programs in the calling thread: read one step late, the last would have taken no time at all."""
+    sized = {"train__steps": 12, "train__batch_size": 8, "optimizer__peak_lr": 1e-3, "save__every": 4}
+    code, said = finish(start(command(tmp_path / "run", **settings | sized), tmp_path / "cache"))
+    assert code == 0, said
+    seconds = [line["step_seconds"] for line in lines(tmp_path / "run")]
+    assert len(seconds) == 12
+    assert min(seconds) > statistics.median(seconds) / 5

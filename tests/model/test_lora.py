@@ -247,7 +247,8 @@ def test_layers_in_a_list_and_a_mesh_give_the_same_gradient_dropout_and_all(alon
         value, ours = gradient(adapter, params, DORA, KEY)
     wanted_value, wanted = alone
     np.testing.assert_allclose(value, wanted_value, rtol=1e-6)
-    assert_close(ours if scan else stack_layers(ours), wanted, atol=1e-6 * largest(wanted))
+    # Rounding alone is 0.6e-6 to 1.02e-6 of the largest, by mesh and by how the compiler emits code.
+    assert_close(ours if scan else stack_layers(ours), wanted, atol=2e-6 * largest(wanted))
     assert min(largest(leaf) for leaf in jax.tree.leaves(wanted)) > 1e-3 * largest(wanted)
 
 

@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-QUICKLY := JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 $(XLA_FLAGS)"
 PROMPT ?= Once upon a time
 
 .PHONY: sample chat test test-fast test-aot bundled lint dev aot notebooks evaluation docs clean
@@ -14,11 +13,11 @@ sample: $(VENV)/core
 chat: $(VENV)/core
 	@$(BIN)/python -m infer.chat --config=configs/chat.py
 
-# Most of its time would be LLVM's: what is tested is what is computed, and `make test-fast` in .ci/run compiles as users do.
+# Most of its time would be the compiler's: what is tested is what is computed, and parts of .ci/run compile as users do.
 test: lint $(VENV)/dev
-	$(QUICKLY) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10 -m "not aot" $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --quickly -n $(WORKERS) --dist worksteal --durations 10 -m "not aot" $(ARGS)
 
-# Without the tests that take more than 20 s.
+# Without the tests that take more than 20 s, compiled as users do unless ARGS=--quickly.
 test-fast: $(VENV)/dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not aot" $(ARGS)
 
@@ -83,7 +82,7 @@ $(VENV)-notebooks/done: requirements-notebooks.txt $(VENV)/dev
 
 # lm-eval's own command line with our model, on local tasks.
 evaluation: $(VENV)-eval/done
-	$(QUICKLY) $(VENV)-eval/bin/python -m pytest tests/evaluation/test_evaluate.py $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)-eval/bin/python -m pytest --quickly tests/evaluation/test_evaluate.py $(ARGS)
 
 $(VENV)-eval/done: requirements-eval.txt $(VENV)/dev
 	$(on_top)

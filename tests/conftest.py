@@ -1,6 +1,7 @@
 """What every test runs under: matrix products in full float32, eight CPU devices to build meshes of, and examples of hypothesis
 that are the same on every run."""
 
+import os
 import pathlib
 import signal
 
@@ -21,7 +22,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 hypothesis.settings.register_profile("llama_jax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("llama_jax")
 
+QUICKLY = "--xla_backend_optimization_level=0"
+# jax 0.10's newer emitters take twice as long as its old ones; later versions have no others.
+OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quickly", action="store_true", help="compile in less than half the time, to slower code than users run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """XLA's flags are read once, here. Processes that tests start keep the newer emitters: by the old ones two programs may
+    round the same cosine in two ways."""
+    if config.getoption("quickly"):
+        flags = f"{QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
+        os.environ["XLA_FLAGS"] = f"{flags} {OLD_EMITTERS}"
+        jax.devices()
+        os.environ["XLA_FLAGS"] = flags
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ test-fast: $(VENV)/dev
 
 # Compiles the real programs for TPU slices and GPUs that are not here.
 test-aot: aot
-	JAX_PLATFORMS=cpu $(VENV)-aot/bin/python -m pytest -m aot --durations 0 -rsP tests/aot $(ARGS)
+	JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(VENV)-aot/bin/python -m pytest -n $(WORKERS) --dist worksteal -m aot --durations 0 \
+	    -rsP tests/aot $(ARGS)
 
 # The model that ships, from nothing: hours on 2 cores; bundled/on_gpu.sh does it in minutes.
 bundled: $(VENV)/core

@@ -3,13 +3,15 @@
 import collections
 import dataclasses
 import math
+import time
 
 from llama_jax.mesh import MeshShape
 from llama_jax.plan.compile import CompilerReport, compile_with_text
 from llama_jax.plan.hlo import COLLECTIVES, Instruction, distinct_collectives, instructions
 from llama_jax.plan.request import PlanRequest, make_request
 
-COMPILE_SECONDS = 90
+# Of the processor, tracing included: seconds on the clock depend on what else runs. 20 to 130 were measured.
+MOST_SECONDS = 240
 
 
 def compiled(
@@ -18,23 +20,21 @@ def compiled(
     task: str,
     mesh: MeshShape,
     *,
-    seconds: float = COMPILE_SECONDS,
     num_layers: int | None = None,
     **more,
 ) -> tuple[PlanRequest, CompilerReport, list[Instruction]]:
-    """Compiles a case, of all its layers or `num_layers`; fits, was soon done (within `seconds`, or the second time), and is
-    what the closed form said."""
+    """Compiles a case, of all its layers or `num_layers`; fits, was soon done, and is what the closed form said."""
     request = make_request(model, topology, task, **more)
     if num_layers:
         request = dataclasses.replace(request, config=dataclasses.replace(request.config, num_layers=num_layers))
+    start = time.process_time()
     report, text = compile_with_text(request, mesh)
-    if report.compile_seconds >= seconds:  # the machine may have been busy
-        report, text = compile_with_text(request, mesh)
-    print(f"\n{model} {topology} {task} {mesh}\n{report}")
+    seconds = time.process_time() - start
+    print(f"\n{model} {topology} {task} {mesh}\n{report}\n{seconds:.0f} s of the processor")
     assert report.peak_bytes < report.hbm_bytes
     assert abs(report.predicted_argument_bytes / report.argument_bytes - 1) < 0.10
     assert abs(report.predicted_peak_bytes / report.peak_bytes - 1) < 0.25
-    assert report.compile_seconds < seconds
+    assert seconds < MOST_SECONDS
     program = list(instructions(text))
     return request, report, [i for i in program if i.opcode not in COLLECTIVES] + distinct_collectives(program)
 

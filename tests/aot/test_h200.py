@@ -60,7 +60,7 @@ def test_decode_of_7b_casts_no_cache_in_int8_in_memory():
 
 def test_training_of_7b_on_a_node_gathers_weights_twice_and_scatters_float32_gradients():
     cfg = PRESETS["llama2_7b"]
-    *_, program = compiled("llama2_7b", "h200-8", "train", MeshShape(fsdp=8), batch=8, length=4096, seconds=240)
+    *_, program = compiled("llama2_7b", "h200-8", "train", MeshShape(fsdp=8), batch=8, length=4096)
     gathers = [i for i in program if i.opcode == "all-gather"]
     # Operand and result each. XLA:GPU gathers 192 of them in float32 and casts after: a barrier keeps it from that, and makes
     # the backward pass gather those twice.

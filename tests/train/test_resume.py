@@ -140,9 +140,9 @@ def middle(whole, tmp_path):
 
 
 def assert_the_same(workdir, whole):
-    """Losses of the steps made anew, and the parameters at the end."""
+    """Losses of the steps made anew, and the parameters at the end. Another program may round a rate's cosine otherwise."""
     assert [line["step"] for line in lines(workdir)] == list(range(1, STEPS + 1))
-    for name, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5), ("learning_rate", 0), ("targets", 0)):
+    for name, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5), ("learning_rate", 2e-7), ("targets", 0)):
         ours, wanted = ([line[name] for line in numbers(folder)] for folder in (workdir, whole))
         np.testing.assert_allclose(ours, wanted, rtol=tolerance, err_msg=name)
     ours, wanted = stored(workdir), stored(whole)

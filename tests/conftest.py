@@ -34,13 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """XLA's flags are read once, here. Processes that tests start keep the newer emitters: by the old ones two programs may
-    round the same cosine in two ways."""
-    if config.getoption("quickly"):
-        flags = f"{QUICKLY} {os.environ.get('XLA_FLAGS', '')}"
-        os.environ["XLA_FLAGS"] = f"{flags} {OLD_EMITTERS}"
-        jax.devices()
-        os.environ["XLA_FLAGS"] = flags
+    if config.getoption("quickly"):  # read when the first program is compiled, and by processes that tests start
+        os.environ["XLA_FLAGS"] = f"{QUICKLY} {OLD_EMITTERS} {os.environ.get('XLA_FLAGS', '')}"
 
 
 @pytest.fixture(scope="session")

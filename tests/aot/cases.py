@@ -10,7 +10,7 @@ from llama_jax.plan.compile import CompilerReport, compile_with_text
 from llama_jax.plan.hlo import COLLECTIVES, Instruction, distinct_collectives, instructions
 from llama_jax.plan.request import PlanRequest, make_request
 
-# Of the processor, tracing included: seconds on the clock depend on what else runs. 20 to 130 were measured.
+# Of the processor, tracing included: seconds on the clock depend on what else runs. 10 to 130 were measured.
 MOST_SECONDS = 240
 
 

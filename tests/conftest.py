@@ -44,3 +44,12 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there: it holds the tokenizers and checkpoints that this test reads")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared) -> pathlib.Path:
+    """The folder of Karpathy's trained model."""
+    folder = shared / "checkpoints" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder

@@ -18,22 +18,14 @@ NEW = 200
 
 
 @pytest.fixture(scope="module")
-def folder(shared) -> Path:
-    folder = shared / "checkpoints" / "stories260K"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
-    return folder
+def expected(stories260k) -> str:
+    return json.loads((stories260k / "expected.json").read_text())["greedy_text_200_tokens"]
 
 
 @pytest.fixture(scope="module")
-def expected(folder) -> str:
-    return json.loads((folder / "expected.json").read_text())["greedy_text_200_tokens"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder, tmp_path_factory) -> Path:
+def checkpoint(stories260k, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("stories260K") / "checkpoint"
-    convert(folder / "meta", path)
+    convert(stories260k / "meta", path)
     return path
 
 
@@ -53,11 +45,11 @@ def programs_kept(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_library_tells_the_story(checkpoint, expected, folder, programs_kept):
+def test_the_library_tells_the_story(checkpoint, expected, stories260k, programs_kept):
     llama = llama_jax.load(checkpoint)
     settings = dict(temperature=0, max_new_tokens=NEW)
     (completion,) = llama.generate([""], **settings)
-    ids = json.loads((folder / "expected.json").read_text())["first_200_ids_with_bos"]
+    ids = json.loads((stories260k / "expected.json").read_text())["first_200_ids_with_bos"]
     assert [*completion.prompt_tokens, *completion.tokens][: len(ids)] == ids
     assert completion.text == expected
     assert "".join(llama.stream("", **settings)) == expected

@@ -13,14 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from llama_jax.checkpoint.arrays import mesh_leaves
 from llama_jax.checkpoint.layout import LAYER_NAMES, Source
 from llama_jax.checkpoint.quantized import QuantizedReader
-from llama_jax.checkpoint.save import Room, save_rooms
 from llama_jax.checkpoint.store import ADAPTER, ArrayReader, Checkpoint, to_flat
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
-from llama_jax.model import LoraConfig, Params, adapter_axes, adapter_shapes
+from llama_jax.model import LoraConfig, adapter_shapes
 
 FIELDS = tuple(field.name for field in dataclasses.fields(LoraConfig))
 
@@ -196,15 +194,3 @@ def fingerprint(opened: Checkpoint | Source) -> str:
         array.release()
         digest.update(f"{name} {array.shape} ".encode() + np.ascontiguousarray(row, np.float32).tobytes())
     return digest.hexdigest()
-
-
-def save_adapter(checkpoint: Checkpoint, adapter: Params, **options: Any) -> Checkpoint:
-    """Writes an adapter alone, of a mesh or of one device, layers a list or stacked.
-
-    Args:
-        checkpoint: what to write, with `adapter` as `adapter_record` makes it; its path is the output directory.
-        options: of `save_checkpoint`.
-    """
-    axes = to_flat(adapter_axes(checkpoint.config, lora_config(checkpoint), scan=False))
-    checkpoint = dataclasses.replace(checkpoint, dtype=np.dtype(np.float32))
-    return save_rooms(checkpoint, {ADAPTER: Room(mesh_leaves(to_flat(adapter)), axes)}, **options)

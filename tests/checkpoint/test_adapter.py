@@ -16,10 +16,10 @@ from llama_jax.checkpoint.adapter import (
     MergedArray,
     adapter_record,
     fingerprint,
-    save_adapter,
     stored_adapter,
 )
 from llama_jax.checkpoint.load import load_params
+from llama_jax.checkpoint.save_adapter import save_adapter
 from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint, to_flat, to_tree
 from llama_jax.commands.inspect import describe

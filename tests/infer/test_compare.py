@@ -21,8 +21,9 @@ from infer import compare_page as page
 from infer import comparison, program
 from infer.compare_plots import BINS, histogram, kl_by_position
 from infer.divergence import BLOCK, Divergence, Position, StoredLogits, likeliest, log_softmax, measure
-from llama_jax.checkpoint.adapter import adapter_record, save_adapter
+from llama_jax.checkpoint.adapter import adapter_record
 from llama_jax.checkpoint.save import Leaf, save_checkpoint
+from llama_jax.checkpoint.save_adapter import save_adapter
 from llama_jax.checkpoint.store import Checkpoint, to_flat, to_tree
 from llama_jax.commands.quantize import quantize
 from llama_jax.errors import ExitCode, LlamaError

@@ -32,10 +32,10 @@ DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
 
 
 def header(path) -> dict:
-    """The header of a safetensors file; its length is a multiple of 8, so that tensors are aligned."""
+    """The header of a safetensors file; it ends at a multiple of 64 bytes, so that tensors are aligned."""
     data = path.read_bytes()
     (length,) = struct.unpack_from("<Q", data)
-    assert length % 8 == 0
+    assert (8 + length) % 64 == 0
     parsed = json.loads(data[8 : 8 + length])
     ends = [entry["data_offsets"] for name, entry in parsed.items() if name != "__metadata__"]
     assert sorted(ends)[0][0] == 0 and sorted(ends)[-1][1] == len(data) - 8 - length

@@ -65,12 +65,19 @@ class MappedFile:
         """A read-only view of the mapped bytes; offset and strides in bytes. NumPy checks once more that it lies inside."""
         return np.ndarray(shape, dtype, self.data, offset if math.prod(shape) else 0, strides)
 
+    def expect(self, view: np.ndarray) -> None:
+        """Has the pages under `view` read from the disk, ahead of whoever touches them."""
+        self._advise("MADV_WILLNEED", view)
+
     def drop(self, view: np.ndarray) -> None:
         """Takes the pages under `view` out of this process; a later read maps them again."""
+        self._advise("MADV_DONTNEED", view)
+
+    def _advise(self, advice: str, view: np.ndarray) -> None:
         low, high = np.lib.array_utils.byte_bounds(view)
         start = (low - self._address) // mmap.PAGESIZE * mmap.PAGESIZE
-        if high > low and hasattr(self.data, "madvise"):
-            self.data.madvise(mmap.MADV_DONTNEED, start, high - self._address - start)
+        if high > low and hasattr(mmap, advice):
+            self.data.madvise(getattr(mmap, advice), start, high - self._address - start)
 
 
 def _refuse_pointer(path: Path, head: bytes) -> None:

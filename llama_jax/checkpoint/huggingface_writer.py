@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.checkpoint.layout import HUGGING_FACE, flat_shape, leaf_of, names
+from llama_jax.checkpoint.memory import ALIGNMENT
 from llama_jax.checkpoint.safetensors_file import DTYPES
 from llama_jax.config import ModelConfig
 
@@ -62,7 +63,7 @@ def write_safetensors(
         begin, end = end, end + math.prod(shapes[name]) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)  # the format asks for 8; such a file needs no copy to be loaded
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in sorted(shapes):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llama_jax.checkpoint.files import MappedFile
-from llama_jax.checkpoint.memory import aligned
+from llama_jax.checkpoint.memory import aligned, is_aligned
 
 CHUNK = 2**20  # elements dequantised, or bytes compared, at a time: bounds the temporaries
 
@@ -88,6 +88,19 @@ class LazyArray:
             else:
                 _dequantise(out[(*target, ...)], box.view[source], box.quantised)
         return out
+
+    def view(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """What `read` returns: the mapped bytes themselves, read-only, where jax takes those on a CPU as they are (of one box,
+        in C order, aligned), which the kernel is asked to read soon; a copy otherwise."""
+        ranges = _ranges(index, self.shape)
+        for box in self.boxes:
+            corner = list(zip(box.start, box.view.shape, ranges, strict=True))
+            if box.quantised is None and all(at <= lo and hi <= at + size for at, size, (lo, hi) in corner):
+                view = box.view[(*(slice(lo - at, hi - at) for at, _, (lo, hi) in corner), ...)]
+                if view.flags.c_contiguous and is_aligned(view):
+                    box.file.expect(view)
+                    return view.view(self.dtype)
+        return self.read(index)
 
     def release(self) -> None:
         """Drops the mapped pages of this array from the process; reading again maps them again."""

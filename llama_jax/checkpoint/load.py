@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from llama_jax.checkpoint.adapter import Stored, reader
 from llama_jax.checkpoint.layout import META, Source, leaf_of, names, shapes
+from llama_jax.checkpoint.lazy import LazyArray
 from llama_jax.checkpoint.quantized import QuantizedReader, check_method, named_parts, quantized_form
 from llama_jax.checkpoint.store import Checkpoint, stored_names, to_flat, to_tree
 from llama_jax.config import ModelConfig
@@ -103,7 +104,7 @@ def read_arrays(
 
 
 def read_part(arrays: Sequence[Stored], ranges: Ranges, dtype: np.dtype, *, stacked: bool = False) -> np.ndarray:
-    """A part of an array in memory; what lies beyond the rows on disk is zero.
+    """A part of an array in memory, or mapped and read-only; what lies beyond the rows on disk is zero.
 
     Args:
         arrays: one, or those of all layers.
@@ -117,11 +118,12 @@ def read_part(arrays: Sequence[Stored], ranges: Ranges, dtype: np.dtype, *, stac
         return out
     (array,) = arrays
     inside = tuple(slice(lo, min(hi, size)) for (lo, hi), size in zip(ranges, array.shape, strict=True))
+    read = array.view if isinstance(array, LazyArray) else array.read
     if all(part.stop == hi for part, (_, hi) in zip(inside, ranges, strict=True)):
-        return array.read(inside).astype(dtype, copy=False)
+        return read(inside).astype(dtype, copy=False)
     out = np.zeros([hi - lo for lo, hi in ranges], dtype)
     if all(part.start < part.stop for part in inside):
-        out[tuple(slice(part.stop - part.start) for part in inside)] = array.read(inside)
+        out[tuple(slice(part.stop - part.start) for part in inside)] = read(inside)
     return out
 
 

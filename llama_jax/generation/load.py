@@ -48,6 +48,8 @@ def load(
     """Loads a checkpoint onto the default device, or spread over a mesh of all devices of all processes.
 
     Compiled programs are kept in ~/.cache/llama_jax, or where JAX_COMPILATION_CACHE_DIR says, and found again by later runs.
+    On a CPU, weights that lie in the source's files as they are needed (an export of llama_jax, most of Meta's) are not copied:
+    do not write to such files while the model is in use.
 
     Args:
         checkpoint: a directory made by llama_jax.convert, the WORKDIR of a training run, or the source itself: a folder of

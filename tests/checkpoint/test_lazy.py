@@ -3,6 +3,7 @@
 import tracemalloc
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from llama_jax.checkpoint.files import MappedFile
 from llama_jax.checkpoint.lazy import LazyArray, concatenate, equal, mapped, mapped_int8
+from llama_jax.checkpoint.memory import ALIGNMENT
 
 
 def on_disk(path: Path, value: np.ndarray, skip: int = 3) -> LazyArray:
-    """The value after `skip` odd bytes, so that nothing is aligned."""
+    """The value after `skip` bytes; after 3 nothing is aligned."""
     path.write_bytes(b"\1" * skip + value.tobytes())
     return mapped(MappedFile(path), skip, value.shape, value.dtype)
 
@@ -41,7 +43,8 @@ def test_views_equal_numpy(tmp_path, data):
     value = np.arange(heads * size * width, dtype=np.int32).reshape(heads * size, width).astype(np.float32)
     cuts = sorted(data.draw(st.lists(st.integers(0, heads * size), max_size=3)))
     parts = np.split(value, cuts, axis=0)
-    array = concatenate([on_disk(tmp_path / f"{i}.bin", part) for i, part in enumerate(parts) if part.size], axis=0)
+    skip = data.draw(st.sampled_from([3, ALIGNMENT]))
+    array = concatenate([on_disk(tmp_path / f"{i}.bin", part, skip) for i, part in enumerate(parts) if part.size], axis=0)
     array, value = array.split(0, size), value.reshape(heads, size, width)
     if data.draw(st.booleans()):
         array = array.rope_halves()
@@ -51,8 +54,47 @@ def test_views_equal_numpy(tmp_path, data):
     assert np.array_equal(array.read(), value)
     part = array.read(index)
     assert part.flags.c_contiguous and np.array_equal(part, value[index])
+    view = array.view(index)
+    assert view.dtype == value.dtype and view.flags.c_contiguous and np.array_equal(view, value[index])
     for path in tmp_path.glob("*.bin"):
         path.unlink()
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32, np.int8])
+def test_jax_takes_a_view_without_a_copy(tmp_path, dtype):
+    value = np.arange(6 * 64).reshape(6, 64).astype(dtype)
+    array = on_disk(tmp_path / "x", value, ALIGNMENT).split(0, 3)
+    for index in (None, (slice(1, 2), slice(0, 3), slice(0, 64))):
+        view = array.view(index)
+        expected = value.reshape(2, 3, 64)[index or ...]
+        assert view.dtype == value.dtype and not view.flags.writeable and view.tobytes() == expected.tobytes()
+        taken = jax.device_put(view, jax.devices()[0])
+        assert taken.unsafe_buffer_pointer() == view.ctypes.data == array.boxes[0].view[0 if index is None else 1].ctypes.data
+
+
+def test_what_is_not_as_asked_is_copied(tmp_path):
+    """Bytes that are not aligned, rows that are cut, boxes that are joined, integers that are scaled."""
+    value = np.arange(4 * 64, dtype=np.float32).reshape(4, 64)
+    there = on_disk(tmp_path / "x", value, ALIGNMENT)
+    (tmp_path / "y").write_bytes(bytes(256) + np.ones(4, np.float32).tobytes())
+    copied = [
+        (on_disk(tmp_path / "z", value, 8), None, value),
+        (there, (slice(0, 4), slice(0, 32)), value[:, :32]),
+        (there.split(0, 4).rope_halves(), None, value[[0, 2, 1, 3]][None]),
+        (concatenate([there, there], 0), None, np.concatenate([value, value])),
+        (mapped_int8(MappedFile(tmp_path / "y"), 0, (4, 64), 64), None, np.zeros((4, 64), np.float32)),
+    ]
+    for array, index, expected in copied:
+        view = array.view(index)
+        assert view.flags.writeable and np.array_equal(view, expected)
+
+
+def test_a_program_that_is_given_mapped_weights_to_overwrite_leaves_the_file_alone(tmp_path):
+    value = np.arange(2**16, dtype=np.float32)
+    taken = jax.device_put(on_disk(tmp_path / "x", value, ALIGNMENT).view(), jax.devices()[0])
+    changed = jax.jit(lambda x: x + 1, donate_argnums=0)(taken)
+    assert np.array_equal(changed, value + 1) and taken.is_deleted()
+    assert (tmp_path / "x").read_bytes()[ALIGNMENT:] == value.tobytes()
 
 
 def test_splits_the_last_axis(tmp_path):

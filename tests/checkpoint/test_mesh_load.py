@@ -58,19 +58,19 @@ def counted(total: dict[str, int]) -> Iterator[None]:
         ]
         return int(metric["values"][0]["value"])
 
-    read = LazyArray.read
+    view = LazyArray.view  # of which some are read
 
-    def reading(array: LazyArray, index: Any = None) -> np.ndarray:
-        part = read(array, index)
+    def viewing(array: LazyArray, index: Any = None) -> np.ndarray:
+        part = view(array, index)
         total["asked"] += part.nbytes
         return part
 
     total |= {"asked": 0, "files": -from_files()}
-    LazyArray.read = reading
+    LazyArray.view = viewing
     try:
         yield
     finally:
-        LazyArray.read = read
+        LazyArray.view = view
         total["files"] += from_files()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import llama_jax
 from llama_jax.checkpoint.load import load_params
 from llama_jax.checkpoint.save import Leaf, save_checkpoint
 from llama_jax.checkpoint.store import DTYPES, Checkpoint, to_tree
+from llama_jax.commands.export import export
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.load import CACHE_DIR
 from llama_jax.ops.qarray import METHODS
@@ -63,6 +65,19 @@ def test_orbax_itself_restores_what_is_saved(tmp_path, dtype):
     params = save(tmp_path / "model", dtype)
     with ocp.StandardCheckpointer() as checkpointer:
         assert_same_bytes(checkpointer.restore((tmp_path / "model" / "params").absolute()), params)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is read from Linux's /proc")
+def test_weights_of_an_export_stay_in_its_file(tmp_path):
+    """On a CPU: they are not copied."""
+    params = save(tmp_path / "model")
+    export(Checkpoint.open(tmp_path / "model"), tmp_path / "out")
+    llama = llama_jax.load(tmp_path / "out")
+    assert_same_bytes(llama.params, params)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith("out/model.safetensors")]
+    for leaf in jax.tree.leaves(llama.params):
+        assert any(int(first, 16) <= leaf.unsafe_buffer_pointer() < int(last, 16) for first, last in ranges)
 
 
 def test_a_tied_head_stays_tied(tmp_path):

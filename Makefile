@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-WORKERS ?= 3# one more than two cores: tests wait for processes that they start
+# One more than two cores: tests wait for processes that they start.
+WORKERS ?= 3
 PROMPT ?= Once upon a time
 
 .PHONY: sample chat test test-fast test-aot bundled lint dev aot notebooks evaluation docs clean

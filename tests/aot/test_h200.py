@@ -1,13 +1,19 @@
 """Real programs, compiled for an H200 that is not here."""
 
+import dataclasses
 import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 
 from llama_jax.config import PRESETS
 from llama_jax.mesh import MeshShape
+from llama_jax.plan.compile import compiler_devices
 from llama_jax.plan.hlo import Instruction
+from llama_jax.plan.programs import lower_program
+from llama_jax.plan.request import make_request
+from llama_jax.sharding import make_mesh
 from tests.aot.cases import compiled, copies, kernels_of_a_layer
 
 pytestmark = [
@@ -28,6 +34,30 @@ def scores(program: list[Instruction], elements: int) -> list[str]:
     return [str(i) for i in program if any(math.prod(shape) >= elements for _, shape in i.arrays)]
 
 
+def thunks(folder: Path, model: str, task: str, *, num_layers: int, **more) -> str:
+    """What the compiled program launches, as XLA writes it down: a line each, what is inside another further in."""
+    request = make_request(model, "h200", task, **more)
+    request = dataclasses.replace(request, config=dataclasses.replace(request.config, num_layers=num_layers))
+    devices, _ = compiler_devices(request.topology)
+    lowered = lower_program(request, MeshShape(), make_mesh(MeshShape(), devices))
+    lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+    [file] = folder.glob("*thunk_sequence_after_thunk_passes.txt")
+    return file.read_text()
+
+
+def bodies(text: str) -> list[list[str]]:
+    """Of every loop, what its body launches: the lines in it that are in nothing else."""
+    lines = text.splitlines()
+    depths = [len(line) - len(line.lstrip()) for line in lines]
+    found = []
+    for i in (i for i, line in enumerate(lines) if line.strip() == "body:"):
+        last = next((j for j in range(i + 1, len(lines)) if depths[j] <= depths[i]), len(lines))
+        found.append(
+            [line for line, depth in zip(lines[i + 1 : last], depths[i + 1 : last], strict=True) if depth == depths[i + 1]]
+        )
+    return found
+
+
 @pytest.mark.parametrize(
     ("batch", "quantize", "attention", "products", "kernels"), [(1, "", 2, 4, 6), (1, "int8", 2, 4, 6), (8, "", 1, 0, 12)]
 )
@@ -45,6 +75,14 @@ def test_decode_of_7b_copies_no_cache_and_no_weight_in_few_kernels(batch, quanti
     assert sum("decode_attention" in name for name in calls) == attention * cfg.num_layers
     assert sum("multiply_row" in name for name in calls) == products * cfg.num_layers + bool(products)
     assert kernels_of_a_layer(program, cfg.num_layers) <= kernels
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_step_of_decoding_is_one_cuda_graph(tmp_path, batch):
+    """The body of decode's loop launches one command buffer and nothing else: sampling is in it, too."""
+    text = thunks(tmp_path, "llama2_7b", "decode", num_layers=2, batch=batch, length=2048)
+    [step] = bodies(text)
+    assert len(step) == 1 and "kCommandBuffer" in step[0], text
 
 
 def test_decode_of_7b_casts_no_cache_in_int8_in_memory():

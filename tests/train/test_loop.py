@@ -2,11 +2,13 @@
 
 import statistics
 
+import numpy as np
 import pytest
 
 from configs import pretrain
 from llama_jax.errors import ExitCode, LlamaError
 from tests.train.make import MODEL, command, config_of, finish, lines, run, start, stored, write_texts, write_tokenizer
+from train import loop
 
 STEPS, EVERY = 5, 2
 
@@ -40,6 +42,20 @@ def test_or_it_is_skipped_and_the_run_goes_on(settings, tmp_path, capsys):
     assert [name for name in before if before[name] != after[name]] == ["state/step"]
     said = capsys.readouterr().err
     assert said.count(": skipped") == 3 and "texts.jsonl:" in said
+
+
+@pytest.mark.parametrize(("peak_lr", "jumps"), [(1e-4, False), (100.0, True)])
+def test_a_loss_that_jumps_is_noted_with_its_documents(settings, tmp_path, monkeypatch, capsys, peak_lr, jumps):
+    """The rate rises by a twelfth of its peak at a step: at 100 the first steps leave a model of quite another loss."""
+    monkeypatch.setattr(loop, "SPIKE_WINDOW", 2)
+    sized = {"train__steps": 4, "optimizer__peak_lr": peak_lr, "optimizer__warmup_steps": 12, "save__every": 0}
+    run(config_of(pretrain, **settings | sized), tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "after a mean of" in line]
+    assert bool(said) == jumps
+    if jumps:
+        losses = [line["loss"] for line in lines(tmp_path)]
+        first = next(i for i in (2, 3) if losses[i] > np.mean(losses[i - 2 : i]) + 6 * np.std(losses[i - 2 : i]))
+        assert f"step {first + 1}: a loss of {losses[first]:.4f}" in said[0] and "texts.jsonl:" in said[0]
 
 
 def test_a_step_s_time_is_its_own(settings, tmp_path):

@@ -130,7 +130,7 @@ def adapted(base: Checkpoint | Source, weights: AdapterWeights, own: Checkpoint 
 
 
 def stored_adapter(checkpoint: Checkpoint) -> AdapterWeights:
-    """The adapter of a LoRA run's checkpoint, or of `save_adapter`."""
+    """The adapter of a LoRA run's checkpoint."""
     lora = lora_config(checkpoint)
     arrays = ArrayReader(checkpoint.path / ADAPTER, "take another checkpoint of the run")
     names = to_flat(adapter_shapes(checkpoint.config, lora, scan=False))

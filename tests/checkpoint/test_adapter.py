@@ -19,7 +19,6 @@ from llama_jax.checkpoint.adapter import (
     stored_adapter,
 )
 from llama_jax.checkpoint.load import load_params
-from llama_jax.checkpoint.save_adapter import save_adapter
 from llama_jax.checkpoint.source import Source, open_source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint, to_flat, to_tree
 from llama_jax.commands.inspect import describe
@@ -27,6 +26,7 @@ from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.load import open_weights
 from llama_jax.model import LoraConfig, adapter_shapes, merge_adapter, quantize_params, stack_layers
 from tests.checkpoint.make import meta_tiny, random_params, write_huggingface, write_meta
+from tests.checkpoint.save_adapter import save_adapter
 from tests.checkpoint.test_save import save
 from tests.make_mesh import mesh_of
 

@@ -23,7 +23,6 @@ from infer.compare_plots import BINS, histogram, kl_by_position
 from infer.divergence import BLOCK, Divergence, Position, StoredLogits, likeliest, log_softmax, measure
 from llama_jax.checkpoint.adapter import adapter_record
 from llama_jax.checkpoint.save import Leaf, save_checkpoint
-from llama_jax.checkpoint.save_adapter import save_adapter
 from llama_jax.checkpoint.store import Checkpoint, to_flat, to_tree
 from llama_jax.commands.quantize import quantize
 from llama_jax.errors import ExitCode, LlamaError
@@ -31,6 +30,7 @@ from llama_jax.generation import load
 from llama_jax.generation.request import Settings
 from llama_jax.model import LoraConfig, adapter_shapes, merge_adapter
 from tests.checkpoint.make import write_huggingface
+from tests.checkpoint.save_adapter import save_adapter
 from tests.generation.make import CFG, tokenizer_of
 from tests.infer import test_program
 from tests.model.make import params_of, reference_of

@@ -1,4 +1,4 @@
-"""Writing an adapter; apart from reading one, which starts without Orbax."""
+"""Writing an adapter without a run; runs write theirs with their own state (llama_jax.training.saving)."""
 
 import dataclasses
 from typing import Any

@@ -25,6 +25,9 @@ RESIDUAL_AXES = ACTIVATION_AXES | {"T": "residual_length"}  # of "BTD": what nor
 
 
 FEW_ROWS = 8  # up to here a weight whose scales belong to groups of inputs is multiplied group by group
+MANY_ROWS = (
+    1024  # from here on a GPU's product leaves its float32 sums rounded; with fewer rows XLA may divide sums among kernels
+)
 
 
 def project(equation: str, x: Array, weight: Array | QArray, dtype: DTypeLike | None = None) -> Array:
@@ -54,8 +57,10 @@ def project_each(
             _by_itself(equation, x, w).astype(dtype or x.dtype) for equation, w in zip(equations, weights, strict=True)
         )
     values = tuple(_float_value(equation, weight, x.dtype) for equation, weight in zip(equations, weights, strict=True))
-    scales = (weight.scale[..., 0] if isinstance(weight, QArray) and not weight.has_groups else 1 for weight in weights)
-    return tuple((y * scale).astype(dtype or x.dtype) for y, scale in zip(_products(equations, x, values), scales, strict=True))
+    scales = [weight.scale[..., 0] if isinstance(weight, QArray) and not weight.has_groups else None for weight in weights]
+    result = jnp.dtype(dtype or x.dtype)
+    sums = _products(equations, result if scales == [None] * len(scales) else jnp.dtype(jnp.float32), x, values)
+    return tuple((y if scale is None else y * scale).astype(result) for y, scale in zip(sums, scales, strict=True))
 
 
 def _float_value(equation: str, weight: Array | QArray, dtype: DTypeLike) -> Array:
@@ -119,6 +124,21 @@ def matmul(equation: str, a: Array, b: Array) -> Array:
     return jax.lax.platform_dependent(a, b, cpu=matrices, default=plain)
 
 
+def _rounded_matmul(equation: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
+    """matmul of many rows, its sums rounded to a dtype: on a GPU by the product itself, after which float32 sums would be
+    written to memory and read again."""
+    if dtype == jnp.float32:
+        return matmul(equation, a, b)
+
+    def rounded(a: Array, b: Array) -> Array:
+        return jnp.einsum(equation, a, b, preferred_element_type=dtype)
+
+    def plain(a: Array, b: Array) -> Array:
+        return matmul(equation, a, b).astype(dtype)
+
+    return jax.lax.platform_dependent(a, b, cuda=rounded, default=plain)
+
+
 def _einsum_of_matrices(equation: str, a: Array, b: Array) -> Array:
     """Axes that are summed together, or kept together, become one: XLA:CPU transposes what has more than two, in memory."""
     letters_a, letters_b, letters = _letters(equation)
@@ -144,35 +164,43 @@ def _transposed(x: Array) -> Array:
     return jax.lax.optimization_barrier(x.T) if is_partitioned() else with_layout_constraint(x.T, Layout((0, 1)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _products(equations: tuple[str, ...], x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The float32 sums."""
-    return _each(equations, x, weights, _multiplied)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _products(equations: tuple[str, ...], dtype: DTypeLike, x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The sums: float32, or rounded to a dtype where that is done best with the product."""
+    return _each(equations, dtype, x, weights, _multiplied)
 
 
-def _each(equations, x, weights, multiply):
+def _each(equations, dtype, x, weights, multiply):
     x = constrain(x, *_axes(ACTIVATION_AXES, _letters(equations[0])[0]))
+    if dtype == x.dtype and _has_many_rows(x):
+        multiply = functools.partial(_rounded_matmul, dtype=dtype)
     sums = (
         multiply(equation, x, _gathered(equation, weight, x.dtype)) for equation, weight in zip(equations, weights, strict=True)
     )
     return tuple(_constrain_activation(y, _letters(equation)[2]) for equation, y in zip(equations, sums, strict=True))
 
 
-def _products_forward(equations, x, weights):
-    return _each(equations, x, weights, matmul), (x, weights)  # rows that are trained on are many
+def _products_forward(equations, dtype, x, weights):
+    return _each(equations, dtype, x, weights, matmul), (x, weights)  # rows that are trained on are many
 
 
-def _products_backward(equations, saved, cotangents):
+def _products_backward(equations, dtype, saved, cotangents):
     x, weights = saved
     letters_x = _letters(equations[0])[0]
     whole_x = constrain(x, *_axes(ACTIVATION_AXES, letters_x))
-    dx, dweights = 0.0, []
+    is_rounded = len(weights) == 1 and _has_many_rows(x)  # several are added first
+    multiply = functools.partial(_rounded_matmul, dtype=x.dtype) if is_rounded else matmul
+    dxs, dweights = [], []
     for equation, weight, cotangent in zip(equations, weights, cotangents, strict=True):
         _, letters_w, letters_y = _letters(equation)
         cotangent = constrain(cotangent.astype(x.dtype), *_axes(ACTIVATION_AXES, letters_y))
-        dx += matmul(f"{letters_y},{letters_w}->{letters_x}", cotangent, _gathered(equation, weight, x.dtype))
+        dxs.append(multiply(f"{letters_y},{letters_w}->{letters_x}", cotangent, _gathered(equation, weight, x.dtype)))
         dweights.append(_weight_gradient(equation, whole_x, cotangent).astype(weight.dtype))
-    return _constrain_activation(dx, letters_x).astype(x.dtype), tuple(dweights)
+    return _constrain_activation(sum(dxs), letters_x).astype(x.dtype), tuple(dweights)
+
+
+def _has_many_rows(x: Array) -> bool:
+    return x.shape[0] * x.shape[1] >= MANY_ROWS
 
 
 def _weight_gradient(equation: str, x: Array, cotangent: Array) -> Array:

@@ -4,13 +4,14 @@ import dataclasses
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llama_jax.config import PRESETS
 from llama_jax.mesh import MeshShape
 from llama_jax.plan.compile import compiler_devices
-from llama_jax.plan.hlo import Instruction
+from llama_jax.plan.hlo import Instruction, instructions
 from llama_jax.plan.programs import lower_program
 from llama_jax.plan.request import make_request
 from llama_jax.sharding import make_mesh
@@ -34,13 +35,17 @@ def scores(program: list[Instruction], elements: int) -> list[str]:
     return [str(i) for i in program if any(math.prod(shape) >= elements for _, shape in i.arrays)]
 
 
-def thunks(folder: Path, model: str, task: str, *, num_layers: int, **more) -> str:
-    """What the compiled program launches, as XLA writes it down: a line each, what is inside another further in."""
+def text_of(model: str, task: str, options: dict[str, Any], *, num_layers: int, **more) -> str:
+    """The program of a model with few layers, compiled with options of XLA's."""
     request = make_request(model, "h200", task, **more)
     request = dataclasses.replace(request, config=dataclasses.replace(request.config, num_layers=num_layers))
     devices, _ = compiler_devices(request.topology)
-    lowered = lower_program(request, MeshShape(), make_mesh(MeshShape(), devices))
-    lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+    return lower_program(request, MeshShape(), make_mesh(MeshShape(), devices)).compile(compiler_options=options).as_text()
+
+
+def thunks(folder: Path, model: str, task: str, **more) -> str:
+    """What the compiled program launches, as XLA writes it down: a line each, what is inside another further in."""
+    text_of(model, task, {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}, **more)
     [file] = folder.glob("*thunk_sequence_after_thunk_passes.txt")
     return file.read_text()
 
@@ -116,6 +121,14 @@ def test_training_of_1b_holds_no_scores_and_saves_attention_by_name(remat, kerne
     *_, program = compiled("llama3_2_1b", "h200", "train", MeshShape(), batch=4, length=length, remat=remat)
     assert not scores(program, cfg.num_heads * length**2)
     assert attention_kernels(program) == kernels * cfg.num_layers
+
+
+def test_the_products_of_a_prompt_write_no_float32_sums_to_memory():
+    """By the library that the autotuner of a card prefers for them (it cannot run here)."""
+    length, library = 2048, {"xla_gpu_enable_triton_gemm": False}
+    program = list(instructions(text_of("llama2_7b", "prefill", library, num_layers=2, batch=1, length=length)))
+    sums = [i.arrays[0] for i in program if i.opcode == "custom-call" and "__cublas" in i.operands and length in i.arrays[0][1]]
+    assert len(sums) >= 2 * 5 and {dtype for dtype, _ in sums} == {"bf16"}
 
 
 def test_prefill_of_13b_uses_the_kernel():

@@ -1,5 +1,7 @@
 """Products with weights: what they are summed in, and what they come out as; their gradients; int8; lookups."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.ops.linear import lookup, project, project_each
+from llama_jax.ops.linear import MANY_ROWS, lookup, project, project_each
 from llama_jax.ops.qarray import QArray, quantize
 from tests.make_mesh import MESHES, mesh_of, on, products, without_rematerialisation
 
@@ -125,6 +127,44 @@ def test_every_product_of_bfloat16_activations_is_of_bfloat16_and_gives_float32(
     gradient = jax.grad(lambda x, w: jnp.sum(project(equation, x, w, result).astype(jnp.float32) ** 2), argnums=(0, 1))
     bf16, f32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
     assert products(gradient, x, weight) == [(bf16, bf16, f32)] * 6  # each as a CPU does it, and as others do
+
+
+@pytest.mark.parametrize(("platform", "result"), [("cuda", "bf16"), ("tpu", "f32"), ("cpu", "f32")])
+def test_products_of_many_rows_come_out_rounded_on_a_gpu(platform, result):
+    """Of one weight; a gradient that is a sum of products, or a weight's own, is summed in float32, and so are few rows."""
+
+    def results(f, *shapes) -> list[str]:
+        args = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+        text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+        return re.findall(r"stablehlo\.dot_general.*-> tensor<[\dx]+x(\w+)>", text)
+
+    def forward(x, *weights):
+        return project_each(("BTD,FD->BTF",) * len(weights), x, weights)
+
+    def gradients(x, *weights):
+        return jax.grad(lambda x, w: sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in forward(x, *w)), (0, 1))(x, weights)
+
+    x, weight = (2, MANY_ROWS // 2, 48), (80, 48)
+    assert results(forward, x, weight) == [result]
+    assert results(lambda x, w: project("BTD,FD->BTF", x, w, jnp.float32), x, weight) == ["f32"]
+    assert results(gradients, x, weight) == [result, result, "f32"]
+    assert results(gradients, x, weight, weight) == [result] * 2 + ["f32"] * 4
+    assert results(forward, (2, MANY_ROWS // 2 - 1, 48), weight) == ["f32"]
+
+
+@pytest.mark.parametrize("rows", [MANY_ROWS, 2 * MANY_ROWS])
+def test_many_rows_are_the_same_numbers(rows):
+    rng = np.random.default_rng(8)
+    x, w, dy = (rng.normal(size=shape).astype(ml_dtypes.bfloat16) for shape in ((1, rows, 48), (80, 48), (1, rows, 80)))
+
+    def total(x, w):
+        return jnp.sum(project("BTD,FD->BTF", x, w).astype(jnp.float32) * dy)
+
+    ours = jax.jit(project, static_argnums=0)("BTD,FD->BTF", x, w)
+    wanted = np.einsum("BTD,FD->BTF", *(a.astype(np.float64) for a in (x, w)))
+    np.testing.assert_allclose(ours.astype(jnp.float32), wanted, rtol=1.001 * 2**-8, atol=1e-6)  # rounded once
+    for ours, wanted in zip(jax.jit(jax.grad(total, (0, 1)))(x, w), float64_gradients("BTD,FD->BTF", x, w, dy), strict=True):
+        np.testing.assert_allclose(ours.astype(np.float32), wanted, rtol=2**-8, atol=1e-4)
 
 
 def test_products_of_one_x_are_those_of_each():

@@ -36,6 +36,7 @@ from llama_jax.config import PRESETS, ModelConfig
 from llama_jax.generation import programs
 from llama_jax.generation.request import Row, to_controls
 from llama_jax.model import grow_cache, hidden_states, logits, round_cache
+from llama_jax.model.fused import is_fused
 
 CONTEXT, SLOTS, STEPS, CALLS = 512, 1024, 32, 6
 SEVEN = PRESETS[os.environ.get("MODEL", "llama2_7b")]
@@ -125,6 +126,7 @@ def equal() -> dict[str, Any]:
     ):
         params = subject(cfg, dtype=dtype, quantize=method).params
         cache = read(cache_dtype, params)
+        assert is_fused(params["layers"][0])
         (plain, there), (ours, here) = (run(kernels, params, cache) for kernels in (False, True))
         pairs = zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True)
         found[f"{dtype} {method} {cache_dtype}"] = {
@@ -140,7 +142,7 @@ def tiles() -> dict[str, Any]:
     from llama_jax.ops.kernels import gemv
 
     width, hidden = SEVEN.embed_dim, SEVEN.mlp_dim
-    shapes = {"qkv": [width] * 3, "o": [width], "mlp": [hidden] * 2, "down": [width], "head": [SEVEN.vocab_size]}
+    shapes = {"qkv": 3 * width, "o": width, "mlp": 2 * hidden, "down": width, "head": SEVEN.vocab_size}
     found: dict[str, Any] = {}
     for method in BITS:
         texts = (FLOAT_TILES if method == "bfloat16" else INTEGER_TILES).split()
@@ -161,23 +163,23 @@ def tiles() -> dict[str, Any]:
     return found
 
 
-def times_by_tile(method: str, name: str, outputs: list[int], texts: list[str]) -> dict[str, float | str]:
+def times_by_tile(method: str, name: str, outputs: int, texts: list[str]) -> dict[str, float | str]:
     """Median microseconds of a kernel, over more weights than the card's cache holds; or what went wrong."""
     from llama_jax.ops.kernels.gemv import Tile, multiply_row
 
     inputs = SEVEN.mlp_dim if name == "down" else SEVEN.embed_dim
     make = jax.jit(random_weight, static_argnums=(1, 2))
-    count = max(4, round(4e8 / (sum(outputs) * inputs * BITS[method] / 8)))
-    sets = [[make(jax.random.key(i), (rows, inputs), method) for rows in outputs] for i in range(count)]
-    x, norm, residual = (jax.random.normal(jax.random.key(1), n, jnp.bfloat16) for n in (inputs, inputs, outputs[0]))
+    count = max(4, round(4e8 / (outputs * inputs * BITS[method] / 8)))
+    weights = [make(jax.random.key(i), (outputs, inputs), method) for i in range(count)]
+    x, norm, residual = (jax.random.normal(jax.random.key(1), n, jnp.bfloat16) for n in (inputs, inputs, outputs))
     normed = dict(norm=norm, eps=1e-5)
-    options = {"qkv": normed | {"groups": SEVEN.num_kv_heads}, "mlp": normed | {"gated": True}, "head": normed}
+    options = {"qkv": normed, "mlp": normed | {"gated": True}, "head": normed}
     asked = options.get(name, {"residual": residual})
 
     def build(text: str) -> Callable[[], Any]:
         tile = Tile(*map(int, text.split(",")))
-        program = jax.jit(lambda x, sets: [multiply_row(x, weights, tile=tile, **asked) for weights in sets])
-        return functools.partial(program.lower(x, sets).compile(), x, sets)
+        program = jax.jit(lambda x, weights: [multiply_row(x, weight, tile=tile, **asked) for weight in weights])
+        return functools.partial(program.lower(x, weights).compile(), x, weights)
 
     found, runs = {}, []
     with concurrent.futures.ThreadPoolExecutor() as pool:

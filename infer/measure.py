@@ -18,6 +18,7 @@ from llama_jax.checkpoint.quantized import check_quantize
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation import programs
+from llama_jax.generation.layout import laid_out
 from llama_jax.generation.load import check_cache_dtype
 from llama_jax.generation.reading import MIN_PROMPT_BUCKET, bucket
 from llama_jax.generation.request import Row, Settings, to_controls
@@ -86,7 +87,7 @@ def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = 
     device = mesh.local_devices[0]
     kernels = dtype == "float32" or choose_attention("auto", device, cfg.head_dim, lambda line: print(line, file=sys.stderr))
     asked = Settings(max_new_tokens=needed - prompt, **config["sampling"])
-    params = random_params(cfg, mesh, dtype, quantize)
+    params = laid_out(random_params(cfg, mesh, dtype, quantize), mesh)
     return Subject(cfg, params, mesh, dtype, quantize, config["cache_dtype"], asked, prompt, context, steps, kernels)
 
 

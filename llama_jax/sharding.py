@@ -34,6 +34,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {  # None: whole on every devic
     "layers": None,
     "lora_rank": None,
     "group": None,  # of a quantised weight's scales
+    "fused": None,  # weights that lie in one array (llama_jax.model.fused)
 }
 WIDE_FSDP = 32
 MAY_BE_WHOLE = ("kv_heads", "residual_length")

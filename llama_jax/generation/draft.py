@@ -4,11 +4,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from llama_jax.checkpoint.load import load_params
 from llama_jax.checkpoint.source import Source
 from llama_jax.checkpoint.store import DTYPES, Checkpoint
 from llama_jax.config import ModelConfig
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.generation.layout import load_laid_out
 from llama_jax.generation.reading import Reader
 from llama_jax.generation.speculation import DRAFT_TOKENS, LOOKUP_TOKENS, SLACK, Speculation
 from llama_jax.mesh import MeshShape, why_illegal
@@ -68,7 +68,7 @@ def draft_model(
             raise LlamaError(
                 ExitCode.BAD_MESH, f"the draft cannot be spread over {shape}: {reason}; choose a mesh that both allow"
             )
-    params = load_params(opened, DTYPES[dtype], mesh=mesh, quantize=quantize)
+    params = load_laid_out(opened, DTYPES[dtype], mesh=mesh, quantize=quantize)
     return Speculation(draft_tokens or DRAFT_TOKENS, Reader(opened.config, params, mesh=mesh, slack=SLACK, **options))
 
 

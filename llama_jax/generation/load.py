@@ -11,7 +11,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from llama_jax.checkpoint.adapter import adapted, check_base, stored_adapter
-from llama_jax.checkpoint.load import load_params
 from llama_jax.checkpoint.peft import is_peft, read_peft
 from llama_jax.checkpoint.quantized import check_method, stored_method
 from llama_jax.checkpoint.source import Source, open_source
@@ -21,6 +20,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.distributed import note
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.generation.draft import LOOKUP, check_draft, check_same_tokens, draft_model, lookup
+from llama_jax.generation.layout import load_laid_out
 from llama_jax.generation.llama import Llama
 from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.ops.kernels.probe import choose_attention
@@ -188,7 +188,7 @@ class Prepared:
             guesses = draft_model(self.small, self.dtype, method, self.draft_tokens, **shared)
         return Llama(
             config=config,
-            params=load_params(self.opened, DTYPES[self.dtype], mesh=self.mesh, quantize=self.quantize),
+            params=load_laid_out(self.opened, DTYPES[self.dtype], mesh=self.mesh, quantize=self.quantize),
             tokenizer=self.tokenizer,
             chat_format=chat_format_of_weights(self.opened, self.tokenizer),
             batch_size=self.batch_size,

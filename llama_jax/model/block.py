@@ -51,8 +51,7 @@ class Block(nn.Module):
             cache: k, v [B, K', S, H]; without one, queries see the keys of this call, and these are the cache returned.
             segment_ids: [B, T] of rows that hold several sequences; without a cache.
         """
-        y = self.norm("attn_norm", x)
-        q, k, v = self.project(y, q_proj="BTD,NHD->BTNH", k_proj="BTD,KHD->BTKH", v_proj="BTD,KHD->BTKH")
+        q, k, v = self.project_qkv(self.norm("attn_norm", x))
         if cache is None:
             q, k, v = rotate(q, cos, sin), repeat_heads(rotate(k, cos, sin)), repeat_heads(v)
             y = attend_causal(q, k, v, segment_ids, kernels=self.kernels)
@@ -61,20 +60,27 @@ class Block(nn.Module):
             y, cache = attend_and_write(q, k, v, cos, sin, cache, positions, kernels=self.kernels)
         x = x + self.project(y, o_proj="BTNH,DNH->BTD")[0]
 
-        y = self.norm("mlp_norm", x)
-        gate, up = self.project(y, gate_proj="BTD,FD->BTF", up_proj="BTD,FD->BTF")
+        gate, up = self.project_gate_up(self.norm("mlp_norm", x))
         y = jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
         return x + self.project(y, down_proj="BTF,DF->BTD")[0], cache
 
     def norm(self, name: str, x: Array) -> Array:
         return rms_norm(x, self.weight(name, (self.cfg.embed_dim,), ("norm",)), self.cfg.norm_eps)
 
+    def project_qkv(self, x: Array) -> tuple[Array, ...]:
+        """[B, T, D] -> q [B, T, N, H], k and v [B, T, K, H]."""
+        return self.project(x, q_proj="BTD,NHD->BTNH", k_proj="BTD,KHD->BTKH", v_proj="BTD,KHD->BTKH")
+
+    def project_gate_up(self, x: Array) -> tuple[Array, ...]:
+        """[B, T, D] -> two of [B, T, F]."""
+        return self.project(x, gate_proj="BTD,FD->BTF", up_proj="BTD,FD->BTF")
+
     def project(self, x: Array, **equations: str) -> tuple[Array, ...]:
         """Products of x with the weights of these names; results carry the names, too, for policies that save them.
 
         The letters of an equation are the shape of its weight, and its logical axes.
         """
-        sizes = dict(zip("DNKHF", self.sizes(), strict=True))
+        sizes = self.sizes()
         weights = []
         for name, equation in equations.items():
             letters = equation.split("->")[0].split(",")[1]
@@ -86,9 +92,10 @@ class Block(nn.Module):
             results = self.adapted(equations, x, weights)
         return tuple(checkpoint_name(y, name) for name, y in zip(equations, results, strict=True))
 
-    def sizes(self) -> tuple[int, ...]:
-        """D, N, K, H, F."""
-        return tuple(getattr(self.cfg, f) for f in ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"))
+    def sizes(self) -> dict[str, int]:
+        """Of the letters of equations."""
+        c = self.cfg
+        return {"D": c.embed_dim, "N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim, "F": c.mlp_dim}
 
     def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
         """A parameter under this name, its axes carrying logical names (llama_jax.sharding)."""

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from llama_jax.config import ModelConfig
 from llama_jax.model.block import Block
 from llama_jax.model.cache import KVCache, LayerCache
+from llama_jax.model.fused import FusedBlock, is_fused
 from llama_jax.model.lora import LayerAdapter, LoraConfig, layer_seeds
 from llama_jax.model.params import Params
 from llama_jax.model.token import supports_head, supports_layer, token_layer, token_logits
@@ -46,6 +47,7 @@ def hidden_states(
     """Runs the layers, not the head. Layers are unrolled: a scan copies every weight and cache on every step on a GPU.
 
     Args:
+        params: layers as Block has them, or FusedBlock (llama_jax.model.fused).
         tokens: [B, T] int32.
         positions: [B, T] int32, consecutive in each row.
         cache: the keys and values of earlier tokens; this call's are written into the slots `positions`. Without one, this
@@ -68,7 +70,8 @@ def _layer(
     cfg: ModelConfig, kernels: bool, layer: Params, x: Array, positions: Array, cos: Array, sin: Array, cache: LayerCache | None
 ) -> tuple[Array, LayerCache]:
     def plain(layer: Params, *inputs: Array | LayerCache | None) -> tuple[Array, LayerCache]:
-        return Block(cfg, kernels=kernels).apply({"params": layer}, *inputs)
+        block = FusedBlock if is_fused(layer) else Block
+        return block(cfg, kernels=kernels).apply({"params": layer}, *inputs)
 
     inputs = (layer, x, positions, cos, sin, cache)
     if not kernels or not supports_layer(layer, x, cache):

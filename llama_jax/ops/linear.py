@@ -18,6 +18,7 @@ from llama_jax.sharding import RULES, constrain, fsdp_is_wide, is_partitioned, m
 # Logical axes by the letters of einsum equations: what a weight's or an activation's axes are is written once, there.
 WEIGHT_AXES = {
     "D": "embed", "N": "heads", "K": "kv_heads", "H": "head_dim", "F": "mlp", "V": "vocab", "R": "lora_rank",
+    "P": "fused", "C": "fused",
 }  # fmt: skip
 GATHERED_AXES = WEIGHT_AXES | {"D": "act_embed"}  # of a weight whole over fsdp
 ACTIVATION_AXES = GATHERED_AXES | {"B": "batch", "T": "length"}

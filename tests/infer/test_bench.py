@@ -16,8 +16,10 @@ from infer import bench_report, measure, program
 from infer.floors import Floors, measure_floors
 from llama_jax.config import PRESETS
 from llama_jax.errors import ExitCode, LlamaError
+from llama_jax.generation import layout
 from llama_jax.generation.request import Settings
 from llama_jax.model import param_shapes
+from llama_jax.model.fused import is_fused
 from llama_jax.ops.qarray import QArray
 from tests.infer import test_program
 
@@ -40,6 +42,12 @@ def config(**changes):
 
 def subject_of(count: int = 1, **changes) -> measure.Subject:
     return measure.make_subject(config(**changes), jax.devices()[:count])
+
+
+def test_weights_lie_as_a_loaded_model_s(monkeypatch):
+    assert not is_fused(subject_of().params["layers"][0])
+    monkeypatch.setattr(layout, "_platform", lambda params: "gpu")
+    assert is_fused(subject_of().params["layers"][0])
 
 
 @pytest.fixture

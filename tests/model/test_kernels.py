@@ -12,6 +12,7 @@ from llama_jax.data.batch import Batch
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.request import Row, Settings
 from llama_jax.model import Params, param_shapes
+from llama_jax.model.fused import fuse_layer
 from llama_jax.training.step import StepConfig, batch_loss
 from tests.make_mesh import equations
 from tests.model.make import SMALL
@@ -19,7 +20,7 @@ from tests.model.make import SMALL
 CFG = dataclasses.replace(SMALL, head_dim=64)
 TOKENS = np.zeros((1, 128), np.int32)
 PER_LAYER = 2  # of kernels: the TPU's and the GPU's, of which a compiled program has one
-PER_LAYER_OF_DECODE, HEAD = 8, 1  # two of attention and four products, or, with weights they do not take, two of attention
+PER_LAYER_OF_DECODE, HEAD = 8, 1  # two of attention and four products, or, with what they do not take, two of attention
 
 
 def kernels(program, params: Params) -> int:
@@ -36,7 +37,9 @@ def test_by_the_setting_of_a_training_step(allowed):
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_by_the_setting_of_an_engine(allowed, monkeypatch):
-    engine = Engine(CFG, param_shapes(CFG, jnp.bfloat16), 128, kernels=allowed)
+    params = param_shapes(CFG, jnp.bfloat16)
+    params |= {"layers": [jax.eval_shape(fuse_layer, layer) for layer in params["layers"]]}
+    engine = Engine(CFG, params, 128, kernels=allowed)
     tokens = TOKENS[0].tolist()
 
     class CalledError(Exception):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.model import grow_cache, hidden_states, init_params, logits, quantize_params, round_cache, token
+from llama_jax.model.fused import fuse_layer
 from tests.make_mesh import equations, mesh_of, on
 from tests.model.make import SMALL
 
@@ -34,11 +35,15 @@ def on_a_gpu(monkeypatch):
     return turn_on
 
 
+def fused(params):
+    return params | {"layers": [fuse_layer(layer) for layer in params["layers"]]}
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def read(dtype: str, method: str, cache_dtype: str):
     """Parameters, and the cache of all tokens but the last."""
     params = init_params(CFG, jax.random.key(0), dtype)
-    params = quantize_params(params, method) if method else params
+    params = fused(quantize_params(params, method) if method else params)
     _, cache = hidden_states(CFG, params, TOKENS[:, :-1], POSITIONS[:, :-1])
     return params, grow_cache(round_cache(cache, cache_dtype), SLOTS)
 
@@ -73,11 +78,12 @@ def calls(program, *args) -> int:
     return sum("multiply_row" in str(equation.params["name"]) for equation in found)
 
 
-def shapes(dtype: str, method: str = "", batch: int = 1):
+def shapes(dtype: str, method: str = "", batch: int = 1, is_fused: bool = True):
     def make():
         params = init_params(CFG, jax.random.key(0), dtype)
         _, cache = hidden_states(CFG, params, jnp.zeros((batch, 8), jnp.int32), jnp.zeros((batch, 8), jnp.int32))
-        return quantize_params(params, method) if method else params, grow_cache(cache, SLOTS)
+        params = quantize_params(params, method) if method else params
+        return fused(params) if is_fused else params, grow_cache(cache, SLOTS)
 
     return jax.eval_shape(make)
 
@@ -93,13 +99,20 @@ def shapes(dtype: str, method: str = "", batch: int = 1):
         ("bfloat16", "", 2, 0),
     ],
 )
-def test_one_row_has_kernels(dtype, method, batch, expected):
+def test_one_row_of_fused_weights_has_kernels(dtype, method, batch, expected):
     def program(params, cache):
         tokens = jnp.zeros((batch, 1), jnp.int32)
         x, _ = hidden_states(CFG, params, tokens, tokens, cache)
         return logits(CFG, params, x, kernels=True)
 
     assert calls(program, *shapes(dtype, method, batch)) == expected * CFG.num_layers + bool(expected)
+
+
+def test_weights_that_are_not_fused_have_none_but_the_head_s():
+    params, cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes("bfloat16", is_fused=False))
+    x = jnp.zeros((1, 1, CFG.embed_dim), jnp.bfloat16)
+    assert not token.supports_layer(params["layers"][0], x, cache[0])
+    assert token.supports_head(CFG, params["lm_head"], x)
 
 
 @pytest.mark.parametrize("name", [None, "1x1x8"])

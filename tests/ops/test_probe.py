@@ -84,9 +84,9 @@ def test_a_product_of_a_row_that_is_something_else_is_found_out(working_flash, m
     interpret(monkeypatch, decode, "rotate_append_attend")
     right, kinds = functools.partial(gemv.multiply_row, interpret=True), []
 
-    def wrong(x, weights, **options):
+    def wrong(x, weight, **options):
         kinds.append(len(kinds))
-        return (1.1 if kinds[-1] == broken else 1.0) * right(x, weights, **options)
+        return (1.1 if kinds[-1] == broken else 1.0) * right(x, weight, **options)
 
     monkeypatch.setattr(gemv, "multiply_row", wrong)
     jax.clear_caches()  # what was traced with the right one

@@ -54,12 +54,11 @@ class _Plan:
     """What the kernel is compiled for.
 
     Attributes:
-        sizes: outputs of each weight; of one, where gated.
+        size: outputs of the result.
         has_norm, has_scale, has_residual: whether there are such operands.
     """
 
-    sizes: tuple[int, ...]
-    groups: int
+    size: int
     gated: bool
     has_norm: bool
     has_scale: bool
@@ -75,19 +74,17 @@ class _Plan:
         return jnp.issubdtype(self.weight_dtype, jnp.integer)
 
 
-def supports(weights: Sequence[Array | QArray], dtype: DTypeLike, groups: int = 1) -> bool:
-    """Whether `multiply_row` takes a row of a dtype and these weights [O, I]."""
-    if any(type(weight) is not type(weights[0]) or not _is_readable(weight, dtype) for weight in weights):
-        return False
-    return all(value.shape[0] % (groups * _tile(value).height) == 0 for value in map(_value, weights))
+def supports(weight: Array | QArray, dtype: DTypeLike) -> bool:
+    """Whether `multiply_row` takes a row of a dtype and this weight [O, I], gated or not."""
+    value = _value(weight)
+    return _is_readable(weight, dtype) and value.shape[0] % (2 * _tile(value).height) == 0
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "eps", "gated", "dtype", "tile", "interpret"))  # layers share a trace
+@functools.partial(jax.jit, static_argnames=("eps", "gated", "dtype", "tile", "interpret"))  # layers share a trace
 def multiply_row(
     x: Array,
-    weights: Sequence[Array | QArray],
+    weight: Array | QArray,
     *,
-    groups: int = 1,
     norm: Array | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -96,106 +93,86 @@ def multiply_row(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> Array:
-    """A row times weights: [I], [O, I] and others -> their sums side by side, in float32 until the end.
+    """A row times a weight: [I], [O, I] -> [O], summed in float32.
 
     Args:
         x: [I], bfloat16 or float16.
-        weights: alike but for their outputs: of x's dtype; or QArrays of int8 or int4, whose scales, [O, 1] or [O, I / 128],
-            multiply the sums of their inputs.
-        groups: that outputs belong to; those of one group, of all weights, are side by side.
+        weight: of x's dtype; or a QArray of int8 or int4, whose scales, [O, 1] or [O, I / 128], multiply the sums of their
+            inputs.
         norm: [I]; x is first multiplied with it and divided by its root mean square, as ops.norm.rms_norm does, but without
             rounding in between.
         eps: of the norm.
-        gated: the weights are two, gate and up, and the result is silu(gate) * up.
-        residual: [O], that the result is added to.
+        gated: the first half of the outputs is a gate, and the result, [O / 2], silu(gate) * the second half.
+        residual: of the result's size, which is added to it.
         dtype: of the result; x's unless given.
         tile: for measurements; chosen unless given.
         interpret: run it in JAX operations (for tests on a CPU).
-
-    Returns:
-        [groups, O / groups], O the outputs of all weights together, or of one where gated.
     """
     from jax.experimental.pallas import triton
 
-    tile, operands = tile or _tile(_value(weights[0])), [_operands(weight) for weight in weights]
-    sizes = tuple(words.shape[0] for words, *_ in operands)[: 1 if gated else None]
+    tile, operands = tile or _tile(_value(weight)), _operands(weight)
+    words = operands[0]
+    size = words.shape[0] // (2 if gated else 1)
     plan = _Plan(
-        sizes=sizes,
-        groups=groups,
+        size=size,
         gated=gated,
         has_norm=norm is not None,
-        has_scale=len(operands[0]) > 1,
+        has_scale=len(operands) > 1,
         has_residual=residual is not None,
         eps=eps,
-        weight_dtype=_value(weights[0]).dtype,
+        weight_dtype=_value(weight).dtype,
         row_dtype=x.dtype,
         tile=tile,
         interpret=interpret,
     )
-    shape, ratio = operands[0][0].shape[1:], per_word(plan.weight_dtype) // per_word(x.dtype)
+    shape, ratio = words.shape[1:], per_word(plan.weight_dtype) // per_word(x.dtype)
     rows = [x] if norm is None else [x, norm.astype(x.dtype)]
     rows = [to_words(row).reshape(1, *shape, *([ratio] if ratio > 1 else [])) for row in rows]
     flips = [integer_flips(plan.weight_dtype)] if plan.has_flips else []
-    inputs = [*flips, *rows, *sum(operands, ()), *([] if residual is None else [residual])]
+    inputs = [*flips, *rows, *operands, *([] if residual is None else [residual])]
     return pl.pallas_call(
         functools.partial(_kernel, plan),
-        grid=(sum(sizes) // tile.height,),
+        grid=(size // tile.height,),
         in_specs=[pl.BlockSpec(a.shape, lambda i, rank=a.ndim: (0,) * rank) for a in inputs],
-        out_specs=pl.BlockSpec((sum(sizes),), lambda i: (0,)),
-        out_shape=jax.ShapeDtypeStruct((sum(sizes),), dtype or x.dtype),
+        out_specs=pl.BlockSpec((size,), lambda i: (0,)),
+        out_shape=jax.ShapeDtypeStruct((size,), dtype or x.dtype),
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=1),
         name="multiply_row",
         interpret=interpret,
-    )(*inputs).reshape(groups, -1)
+    )(*inputs)
 
 
 def _kernel(plan: _Plan, *refs: Any) -> None:
     *refs, out_ref = refs
     flips, refs = refs[: int(plan.has_flips)], refs[int(plan.has_flips) :]
     rows, refs = refs[: 1 + plan.has_norm], refs[1 + plan.has_norm :]
-    residual, refs = (refs[-1], refs[:-1]) if plan.has_residual else (None, refs)
-    weights = [refs[i : i + 1 + plan.has_scale] for i in range(0, len(refs), 1 + plan.has_scale)]
-    program, tile, dtype = pl.program_id(0), plan.tile, out_ref.dtype
-    width = sum(plan.sizes) // plan.groups
-
-    def write(mine: list[Any], size: int, first: int) -> None:
-        """The program's outputs of weights that have `size` in each group, from the group's `first` on."""
-        start = program * tile.height - first * plan.groups  # among their own
-        group = jax.lax.div(start, size)
-        begin = group * width + first + start - group * size
-        multiply = _multiplier(plan, flips, rows, mine, start)
-        for r in range(tile.repeats):
-            y, *up = (y.astype(dtype) for y in multiply(r))
-            if up:
-                gate = y.astype(jnp.float32)
-                y = (gate / (1 + jnp.exp(-gate))).astype(dtype) * up[0]
-            at = pl.ds(begin + r * tile.outputs, tile.outputs)
-            out_ref[at] = y if residual is None else residual[at] + y
-
-    first = 0
-    for i, size in enumerate(size // plan.groups for size in plan.sizes):
-        run = functools.partial(write, weights if plan.gated else weights[i : i + 1], size, first)
-        begin, end = (n * plan.groups // tile.height for n in (first, first + size))
-        if len(plan.sizes) == 1:
-            run()
-        else:
-            pl.when((program >= begin) & (program < end))(run)
-        first += size
+    residual, weight = (refs[-1], refs[:-1]) if plan.has_residual else (None, refs)
+    tile, dtype = plan.tile, out_ref.dtype
+    start = pl.program_id(0) * tile.height
+    multiply = _multiplier(plan, flips, rows, weight, start)
+    for r in range(tile.repeats):
+        y, *up = (y.astype(dtype) for y in multiply(r))
+        if up:
+            gate = y.astype(jnp.float32)
+            y = (gate / (1 + jnp.exp(-gate))).astype(dtype) * up[0]
+        at = pl.ds(start + r * tile.outputs, tile.outputs)
+        out_ref[at] = y if residual is None else residual[at] + y
 
 
 def _multiplier(
-    plan: _Plan, flips: Sequence[Any], rows: Sequence[Any], weights: Sequence[Sequence[Any]], start: Array
+    plan: _Plan, flips: Sequence[Any], rows: Sequence[Any], weight: Sequence[Any], start: Array
 ) -> Callable[[int], list[Array]]:
-    """What sums the products of the r-th outputs from `start` on, of weights in words [O, W], or [O, G, W / G] where groups of
-    inputs have scales; to be called in order."""
-    tile, shape = plan.tile, weights[0][0].shape[1:]
+    """What sums the products of the r-th outputs from `start` on, gated also of those that multiply them, of a weight in words
+    [O, W], or [O, G, W / G] where groups of inputs have scales; to be called in order."""
+    tile, shape = plan.tile, weight[0].shape[1:]
+    starts = [start, plan.size + start] if plan.gated else [start]
     steps = min(tile.warps * THREADS * VECTOR // math.prod(shape[1:]), pl.next_power_of_2(shape[0]))
     count = -(-shape[0] // steps)  # chunks of a row
     flips = [ref[i] for ref in flips for i in range(ref.shape[0])]
 
     def load(unit: int) -> list[list[Array]]:
-        at = pl.ds(start + unit // count * tile.outputs, tile.outputs)
-        return [[_load(ref, at, unit % count, steps, start) for ref in refs if len(ref.shape) > 1] for refs in weights]
+        places = [pl.ds(first + unit // count * tile.outputs, tile.outputs) for first in starts]
+        return [[_load(ref, at, unit % count, steps, start) for ref in weight if len(ref.shape) > 1] for at in places]
 
     following = [load(0)]  # the next weights are on their way while these are multiplied
     xs, square = [], jnp.zeros((1, steps, *shape[1:]), jnp.float32)
@@ -209,7 +186,7 @@ def _multiplier(
     factor = jax.lax.rsqrt(jnp.sum(square) / inputs + plan.eps) if plan.has_norm else None
 
     def multiply(r: int) -> list[Array]:
-        totals = [jnp.zeros((tile.outputs, steps), jnp.float32) for _ in weights]
+        totals = [jnp.zeros((tile.outputs, steps), jnp.float32) for _ in starts]
         for c in range(count):
             chunks, unit = following.pop(), r * count + c + 1
             if unit < count * tile.repeats:
@@ -219,10 +196,13 @@ def _multiplier(
                 for number, part in zip(numbers(words, plan.weight_dtype, flips), xs[c], strict=True):
                     total = _multiply_add(number, jnp.broadcast_to(part, number.shape), total, plan.interpret)
                 totals[i] = totals[i] + jnp.sum(total, axis=2) * scale[0].astype(jnp.float32) if scale else total
-        sums, at = [jnp.sum(total, axis=1) for total in totals], pl.ds(start + r * tile.outputs, tile.outputs)
+        sums = [jnp.sum(total, axis=1) for total in totals]
         if plan.has_norm:
             sums = [y * factor for y in sums]
-        return [y * refs[1][at] if plan.has_scale and len(shape) == 1 else y for y, refs in zip(sums, weights, strict=True)]
+        if plan.has_scale and len(shape) == 1:
+            places = (pl.ds(first + r * tile.outputs, tile.outputs) for first in starts)
+            sums = [y * weight[1][at] for y, at in zip(sums, places, strict=True)]
+        return sums
 
     return multiply
 

@@ -13,7 +13,7 @@ from jax import Array
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.ops.attention import attend, attend_cached, attend_causal, cache_arrays, of_arrays
 from llama_jax.ops.kernels import decode, flash, gemv, ragged, splash
-from llama_jax.ops.linear import project_each
+from llama_jax.ops.linear import project
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.qarray import QArray, quantize, quantize_vectors
 from llama_jax.ops.rope import rotate
@@ -81,8 +81,8 @@ def gpu_cases(draw: Callable[..., Array], head_dim: int) -> Iterator[Case]:
     token = (q, k, v, *angles, *cache, np.array([100], np.int32))
     names = ("a token's out", "its cached key", "its cached value")
     yield Case(decode.rotate_append_attend, _attend_token, token, names)
-    row, weights = draw(INPUTS), [draw(ROWS, INPUTS) for _ in range(2)]
-    kinds = [weights, *([quantize(weight, 1, method) for weight in weights] for method in ("int8", "int4"))]
+    row, weight = draw(INPUTS), draw(2, ROWS, INPUTS)
+    kinds = [weight, *(quantize(weight, 1, method) for method in ("int8", "int4"))]
     names = tuple(f"a row times {kind}" for kind in ("bfloat16", "int8", "int4"))
     yield Case(_multiply_rows, _multiply_rows_plainly, (row, row, kinds), names)
 
@@ -124,14 +124,14 @@ def _attend_caches_plainly(q: Array, filled: Array, caches: Sequence[tuple[Array
     return [attend_cached(q[:, None], *of_arrays(arrays), filled[:, None] - 1, kernels=False)[:, 0] for arrays in caches]
 
 
-def _multiply_rows(x: Array, norm: Array, kinds: Sequence[Sequence[Array | QArray]]) -> list[Array]:
-    return [gemv.multiply_row(x, weights, norm=norm, eps=EPS, gated=True)[0] for weights in kinds]
+def _multiply_rows(x: Array, norm: Array, kinds: Sequence[Array | QArray]) -> list[Array]:
+    matrices = [jax.tree.map(lambda part: part.reshape(2 * ROWS, -1), weight) for weight in kinds]
+    return [gemv.multiply_row(x, weight, norm=norm, eps=EPS, gated=True) for weight in matrices]
 
 
-def _multiply_rows_plainly(x: Array, norm: Array, kinds: Sequence[Sequence[Array | QArray]]) -> list[Array]:
-    x = rms_norm(x, norm, EPS)[None, None]
-    sums = (project_each(("BTD,FD->BTF",) * 2, x, weights) for weights in kinds)
-    return [(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up)[0, 0] for gate, up in sums]
+def _multiply_rows_plainly(x: Array, norm: Array, kinds: Sequence[Array | QArray]) -> list[Array]:
+    sums = (project("BTD,CFD->BTCF", rms_norm(x, norm, EPS)[None, None], weight)[0, 0] for weight in kinds)
+    return [jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up for gate, up in sums]
 
 
 def _attend_token(

@@ -38,7 +38,8 @@ class Llama:
 
     Attributes:
         config: what the model computes.
-        params: its weights, a tree of arrays (llama_jax.model).
+        params: its weights, a tree of arrays (llama_jax.model); of a model loaded onto GPUs with fused layers (model.fused),
+            unless in float32.
         tokenizer: None when the checkpoint has none; prompts are then token ids.
         chat_format: "" for a base model.
         max_length: tokens of prompt and answer together.

@@ -9,11 +9,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.data.batch import BATCH_AXES, batch_shapes
 from llama_jax.generation import programs
+from llama_jax.generation.layout import is_fused_on
 from llama_jax.generation.request import to_controls
 from llama_jax.generation.state import DecodeState, state_axes
 from llama_jax.mesh import MeshShape
 from llama_jax.model import empty_cache, param_axes, param_shapes, quantize_axes, quantize_params
-from llama_jax.model.fused import can_fuse, fuse_layer, fused_axes
+from llama_jax.model.fused import fuse_layer, fused_axes
 from llama_jax.plan.request import PlanRequest
 from llama_jax.sharding import sharding, tree_shardings
 from llama_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -60,7 +61,7 @@ def _params(request: PlanRequest, shape: MeshShape, mesh: Mesh) -> Any:
     shapes, axes = param_shapes(request.config, request.dtype, tensor=shape.tensor), param_axes(request.config)
     if request.quantize:
         shapes, axes = jax.eval_shape(quantize_params, shapes), quantize_axes(axes)
-    if not request.topology.chip.is_tpu and can_fuse(shapes, mesh):  # as llama_jax.generation.layout has them on GPUs
+    if is_fused_on("tpu" if request.topology.chip.is_tpu else "gpu", shapes, mesh):
         layers = [jax.eval_shape(fuse_layer, layer) for layer in shapes["layers"]]
         shapes, axes = shapes | {"layers": layers}, fused_axes(axes)
     return jax.tree.map(_described, shapes, tree_shardings(mesh, axes, shapes))

@@ -11,7 +11,7 @@ import pytest
 from llama_jax.config import PRESETS
 from llama_jax.mesh import MeshShape
 from llama_jax.plan.compile import compiler_devices
-from llama_jax.plan.hlo import Instruction, instructions
+from llama_jax.plan.hlo import COLLECTIVES, Instruction, instructions
 from llama_jax.plan.programs import lower_program
 from llama_jax.plan.request import make_request
 from llama_jax.sharding import make_mesh
@@ -132,6 +132,18 @@ def test_a_prompt_s_products_write_no_float32_sums_to_memory_and_join_no_weights
     assert len(sums) == 2 * 4 and {dtype for dtype, _ in sums} == {"bf16"}
     joined = [i for i in program if "concatenate" in i.name]
     assert joined and max(i.nbytes for i in joined) < 2 * cfg.embed_dim**2  # bytes of a weight
+
+
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_gpus_that_share_7b_sum_twice_a_layer_and_move_no_weight(quantize):
+    cfg = PRESETS["llama2_7b"]
+    options = dict(num_layers=2, batch=8, length=1024, quantize=quantize)
+    *_, program = compiled("llama2_7b", "h200-8", "decode", MeshShape(tensor=8), **options)
+    moved = [i for i in program if i.opcode in COLLECTIVES and len(i.arrays[0][1]) > 1]
+    largest = 8 * cfg.vocab_size * 4  # the last position's logits, once
+    assert sum(i.opcode == "all-reduce" for i in moved) <= 2 * 2 + 1  # + 1: the lookup
+    assert max(i.nbytes for i in moved) <= largest < cfg.embed_dim**2 // 8
+    assert sum("decode_attention" in i.op_name for i in program if i.opcode == "custom-call") >= 2
 
 
 def test_prefill_of_13b_uses_the_kernel():

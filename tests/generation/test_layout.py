@@ -16,9 +16,9 @@ from tests.model.make import SMALL, params_of
 CFG = dataclasses.replace(SMALL, num_heads=16, num_kv_heads=8)
 
 
-def own(params):
-    """With a list of layers of its own, which may be emptied."""
-    return {**params, "layers": [dict(layer) for layer in params["layers"]]}
+def own(cfg, dtype="float16"):
+    """Weights with a list of layers of their own, which may be emptied."""
+    return {**params_of(cfg, dtype), "layers": list(params_of(cfg, dtype)["layers"])}
 
 
 @pytest.fixture
@@ -35,31 +35,36 @@ def answers(params, mesh=None) -> list[int]:
 
 
 def test_elsewhere_they_stay_as_they_are():
-    params = own(params_of(CFG))
+    params = own(CFG)
+    assert layout.laid_out(params, None) is params and len(params["layers"]) == CFG.num_layers
+
+
+def test_float32_stays_as_it_is(on_a_gpu):
+    params = own(CFG, "float32")
     assert layout.laid_out(params, None) is params and len(params["layers"]) == CFG.num_layers
 
 
 def test_a_gpu_generates_the_same_from_fused_ones(on_a_gpu):
-    params = own(params_of(CFG))
+    params = own(CFG)
     fused = layout.laid_out(params, None)
     assert all(map(is_fused, fused["layers"])) and len(fused["layers"]) == CFG.num_layers
     assert params["layers"] == []  # nothing is there twice
-    assert answers(fused) == answers(params_of(CFG))
+    assert answers(fused) == answers(own(CFG))
 
 
 @pytest.mark.parametrize("name", ["1x1x8", "2x2x2"])
 def test_gpus_that_share_a_model_do_too(on_a_gpu, name):
     mesh = mesh_of(name)
-    fused = layout.laid_out(own(place(CFG, params_of(CFG), mesh)), mesh)
+    fused = layout.laid_out(place(CFG, own(CFG), mesh), mesh)
     assert all(map(is_fused, fused["layers"]))
     kv_heads = {leaf.addressable_shards[0].data.shape[0] for leaf in (layer["qkv_proj"] for layer in fused["layers"])}
     assert kv_heads == {CFG.num_kv_heads // mesh.shape["tensor"]}
-    assert answers(fused, mesh) == answers(params_of(CFG))
+    assert answers(fused, mesh) == answers(own(CFG))
 
 
 def test_more_gpus_than_heads_leave_them_apart(on_a_gpu):
     cfg, mesh = dataclasses.replace(CFG, num_kv_heads=2), mesh_of("1x1x8")
-    placed = own(place(cfg, params_of(cfg), mesh))
+    placed = place(cfg, own(cfg), mesh)
     assert layout.laid_out(placed, mesh) is placed
 
 

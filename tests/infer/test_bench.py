@@ -45,9 +45,9 @@ def subject_of(count: int = 1, **changes) -> measure.Subject:
 
 
 def test_weights_lie_as_a_loaded_model_s(monkeypatch):
-    assert not is_fused(subject_of().params["layers"][0])
+    assert not is_fused(subject_of(dtype="bfloat16").params["layers"][0])
     monkeypatch.setattr(layout, "_platform", lambda params: "gpu")
-    assert is_fused(subject_of().params["layers"][0])
+    assert is_fused(subject_of(dtype="bfloat16").params["layers"][0])
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """Decoding on one GPU, part after part: python benchmarks/gpu_decode.py OUTPUT_DIR PART... -> OUTPUT_DIR/PART.json
 
-equal          a token's logits by the kernels and by plain JAX, on the card, two layers of 7B's shape
+equal          logits of a token and of a prompt by the kernels and by plain JAX, on the card, two layers of 7B's shape
 tiles          the kernel of a row's products (llama_jax.ops.kernels.gemv): microseconds of 7B's shapes by tile; parts after it
                use the best
 decode:Q:C:B   a step at context 512 of 7B's shape, random weights in Q (bfloat16, int8, int4, w8a8, fp8), cache in C (auto,
                int8), batch B, and the kernels that it is made of
-prefill:T      a prompt of T tokens
+prefill:T[:K]  a prompt of T tokens, with kernels K: what is found to work, or own, without cuDNN
 
 LLAMA_JAX=DIR measures the package of another directory, MODEL=NAME another preset.
 """
@@ -37,6 +37,7 @@ from llama_jax.generation import programs
 from llama_jax.generation.request import Row, to_controls
 from llama_jax.model import grow_cache, hidden_states, logits, round_cache
 from llama_jax.model.fused import is_fused
+from llama_jax.ops.kernels import Kernels
 
 CONTEXT, SLOTS, STEPS, CALLS = 512, 1024, 32, 6
 SEVEN = PRESETS[os.environ.get("MODEL", "llama2_7b")]
@@ -86,12 +87,13 @@ def decode(quantize: str, cache_dtype: str, batch: str) -> dict[str, Any]:
     }
 
 
-def prefill(length: str) -> dict[str, Any]:
+def prefill(length: str, kernels: str = "found") -> dict[str, Any]:
     of, T = subject(), int(length)
+    chosen = of.kernels if kernels == "found" else True
     cfg, controls = of.cfg, to_controls([Row([1], of.settings, ())], 1, of.cfg.vocab_size)
     inputs = (of.params, np.ones((1, T), np.int32), np.full(1, T, np.int32), controls)
     with jax.set_mesh(of.mesh):
-        run = programs.prefill.lower(cfg, *inputs, cache_length=2 * T, num_top=0, kernels=of.kernels).compile()
+        run = programs.prefill.lower(cfg, *inputs, cache_length=2 * T, num_top=0, kernels=chosen).compile()
     found = []
     for _ in range(CALLS):
         start = time.perf_counter()
@@ -99,8 +101,9 @@ def prefill(length: str) -> dict[str, Any]:
         found.append(time.perf_counter() - start)
     layers, head = measure.linear_params(cfg)
     flops = 2 * layers * T + 2 * T**2 * cfg.num_heads * cfg.head_dim * cfg.num_layers + 2 * head
-    kernels = launched(lambda: run(*inputs)[1].tokens)
-    return {"ms": 1e3 * min(found), "TFLOP_per_second": flops / min(found) / 1e12, "kernels": kernels}
+    rate = flops / min(found) / 1e12
+    launches = launched(lambda: run(*inputs)[1].tokens)
+    return {"ms": 1e3 * min(found), "TFLOP_per_second": rate, "attention": chosen, "kernels": launches}
 
 
 def equal() -> dict[str, Any]:
@@ -134,6 +137,21 @@ def equal() -> dict[str, Any]:
             "largest": float(jnp.abs(plain).max()),
             "caches": max(float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max()) for a, b in pairs),
             "calls": run.lower(True, params, cache).compile().as_text().count("multiply_row"),
+        }
+    of = subject(cfg)
+    whole = jax.random.randint(jax.random.key(2), (1, 2048), 0, cfg.vocab_size)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def last(kernels: Kernels, params: Any) -> jax.Array:
+        x, _ = hidden_states(cfg, params, whole, jnp.arange(2048)[None], kernels=kernels)
+        return logits(cfg, params, x[:, -1:])[0, 0]
+
+    plain = last(False, of.params)
+    for kernels in (True, of.kernels):
+        ours = last(kernels, of.params)
+        found[f"a prompt, kernels {kernels}"] = {
+            "difference": float(jnp.abs(ours - plain).max()),
+            "largest": float(jnp.abs(plain).max()),
         }
     return found
 

@@ -26,7 +26,8 @@ from llama_jax.mesh import MeshShape, resolve_mesh
 from llama_jax.model import Params, param_axes, param_shapes
 from llama_jax.model.block import INIT_STDDEV
 from llama_jax.model.quantize import NUM_INPUTS, quantize_axes, quantize_leaf
-from llama_jax.ops.kernels.probe import choose_attention
+from llama_jax.ops.kernels import Kernels
+from llama_jax.ops.kernels.probe import choose_kernels
 from llama_jax.plan.timing import linear_params
 from llama_jax.sharding import make_mesh, sharding
 
@@ -49,7 +50,7 @@ class Subject:
     prompt_length: int
     context: int
     steps: int
-    kernels: bool
+    kernels: Kernels
 
 
 def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = None) -> Subject:
@@ -85,7 +86,7 @@ def make_subject(config: dict[str, Any], devices: Sequence[jax.Device] | None = 
             ExitCode.BAD_REQUEST, f"batch_sizes are {config['batch_sizes']}, expected multiples of data * fsdp, {shards}"
         )
     device = mesh.local_devices[0]
-    kernels = dtype == "float32" or choose_attention("auto", device, cfg.head_dim, lambda line: print(line, file=sys.stderr))
+    kernels = dtype == "float32" or choose_kernels(device, cfg.head_dim, lambda line: print(line, file=sys.stderr))
     asked = Settings(max_new_tokens=needed - prompt, **config["sampling"])
     params = laid_out(random_params(cfg, mesh, dtype, quantize), mesh)
     return Subject(cfg, params, mesh, dtype, quantize, config["cache_dtype"], asked, prompt, context, steps, kernels)

@@ -21,6 +21,7 @@ from llama_jax.generation.programs import report
 from llama_jax.generation.reading import MIN_PROMPT_BUCKET, bucket
 from llama_jax.generation.state import Output, place_cache, replicate
 from llama_jax.model import KVCache, Params, grow_cache, hidden_states, logits, num_slots
+from llama_jax.ops.kernels import Kernels
 
 Tokens = tuple[int, ...]
 Request = tuple[Sequence[int], Sequence[int]]  # context and continuation, neither empty
@@ -191,7 +192,7 @@ def _ask(llama: Llama, x: Array, asked: Sequence[tuple[int, Question]]) -> list[
 
 @functools.partial(jax.jit, static_argnames=("cfg", "keep", "kernels"))
 def read(
-    cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, *, keep: bool, kernels: bool
+    cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, *, keep: bool, kernels: Kernels
 ) -> tuple[Array, KVCache | None]:
     """[B, T] with their lengths [B] -> [B, T, D] before the final norm, and the cache if it is kept."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -201,7 +202,7 @@ def read(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "kernels"))
 def read_tails(
-    cfg: ModelConfig, params: Params, cache: KVCache, rows: Array, tokens: Array, starts: Array, *, kernels: bool
+    cfg: ModelConfig, params: Params, cache: KVCache, rows: Array, tokens: Array, starts: Array, *, kernels: Kernels
 ) -> Array:
     """Reads on after rows of a cache.
 

@@ -16,6 +16,7 @@ from llama_jax.generation.request import Row, Settings
 from llama_jax.generation.speculation import Speculation, SpeculativeState, cache_of
 from llama_jax.generation.state import MAX_TOP_LOGPROBS, DecodeState, Output, Prefix
 from llama_jax.model import Params, num_slots
+from llama_jax.ops.kernels import Kernels
 
 SHARED_CHUNK = 8  # tokens between two looks at a stream, on several processes
 
@@ -34,7 +35,7 @@ class Engine(Reader):
         max_length: int,
         mesh: Mesh | None = None,
         *,
-        kernels: bool = True,
+        kernels: Kernels = True,
         guesses: Speculation | None = None,
         cache_dtype: str = "auto",
     ):

@@ -15,6 +15,7 @@ from llama_jax.generation.request import Row, Settings, make_row
 from llama_jax.generation.speculation import Speculation, SpeculativeState, cache_of
 from llama_jax.generation.state import MAX_TOP_LOGPROBS, DecodeState, Output, Prefix
 from llama_jax.model import Params
+from llama_jax.ops.kernels import Kernels
 from llama_jax.text import chat, infill
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -45,7 +46,7 @@ class Llama:
         max_length: tokens of prompt and answer together.
         batch_size: the most sequences generated at once.
         mesh: what params lie on; None for one device.
-        kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
+        kernels: which of the platform's kernels programs may use (llama_jax.ops.kernels.probe.choose_kernels).
         guesses: how several tokens a step are made (llama_jax.generation.speculation); None for one.
         cache_dtype: of keys and values, one of llama_jax.choices.CACHE_DTYPES; score and logits read rounded ones, as decoding.
     """
@@ -60,7 +61,7 @@ class Llama:
         max_length: int | None = None,
         batch_size: int = 16,
         mesh: Mesh | None = None,
-        kernels: bool = True,
+        kernels: Kernels = True,
         guesses: Speculation | None = None,
         cache_dtype: str = "auto",
     ):

@@ -23,7 +23,7 @@ from llama_jax.generation.draft import LOOKUP, check_draft, check_same_tokens, d
 from llama_jax.generation.layout import load_laid_out
 from llama_jax.generation.llama import Llama
 from llama_jax.mesh import MeshShape, resolve_mesh
-from llama_jax.ops.kernels.probe import choose_attention
+from llama_jax.ops.kernels.probe import choose_kernels
 from llama_jax.sharding import make_mesh
 from llama_jax.text.chat import chat_format_of
 from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
@@ -179,7 +179,7 @@ class Prepared:
         shared = dict(
             max_length=self.max_length,
             mesh=self.mesh,
-            kernels=self.dtype == "float32" or choose_attention("auto", device, config.head_dim, note),
+            kernels=self.dtype == "float32" or choose_kernels(device, config.head_dim, note),
             cache_dtype=self.cache_dtype,
         )
         guesses = lookup(self.draft_tokens) if self.draft == LOOKUP else None

@@ -21,6 +21,7 @@ from llama_jax.generation.state import (
     row_keys,
 )
 from llama_jax.model import KVCache, Params, cache_axes, empty_cache, grow_cache, hidden_states, logits, num_slots, round_cache
+from llama_jax.ops.kernels import Kernels
 from llama_jax.ops.sampling import penalise, sample, top_k
 from llama_jax.sharding import constrain
 
@@ -39,7 +40,7 @@ def prefill(
     *,
     cache_length: int,
     num_top: int,
-    kernels: bool = True,
+    kernels: Kernels = True,
     cache_dtype: str = "auto",
 ) -> tuple[DecodeState, Output]:
     """Reads the prompts and chooses the first token of each answer. It attends with keys and values as they were computed, and
@@ -70,7 +71,7 @@ def read(
     rope_length: Array,
     *,
     cache_length: int,
-    kernels: bool = True,
+    kernels: Kernels = True,
     cache_dtype: str = "auto",
 ) -> tuple[KVCache, Array]:
     """Reads the first tokens of prompts, as `prefill` does, and chooses nothing: `extend` reads on, `begin` chooses.
@@ -159,7 +160,7 @@ def first_row(cache: KVCache) -> KVCache:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "num_top", "kernels"), donate_argnames="state")
 def decode(
-    cfg: ModelConfig, params: Params, state: DecodeState, halt: Array, n: Array, *, num_top: int, kernels: bool = True
+    cfg: ModelConfig, params: Params, state: DecodeState, halt: Array, n: Array, *, num_top: int, kernels: Kernels = True
 ) -> tuple[DecodeState, Output]:
     """Makes up to n tokens a row in one program: forward, sampling and stopping all on the device.
 
@@ -218,7 +219,7 @@ def score(
     rope_length: Array,
     *,
     num_top: int,
-    kernels: bool = True,
+    kernels: Kernels = True,
     cache_dtype: str = "auto",
 ) -> Output:
     """How likely each token is after those before it: [B, T] -> Output of [B, T - 1] for tokens[:, 1:].
@@ -243,14 +244,14 @@ def score(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "kernels", "cache_dtype"))
 def all_logits(
-    cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *, kernels: bool = True, cache_dtype: str = "auto"
+    cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, *, kernels: Kernels = True, cache_dtype: str = "auto"
 ) -> Array:
     """[B, T] -> [B, T, V'] float32, divided over the mesh."""
     return logits(cfg, params, _whole_states(cfg, params, tokens, rope_length, kernels, cache_dtype))
 
 
 def _whole_states(
-    cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, kernels: bool, cache_dtype: str
+    cfg: ModelConfig, params: Params, tokens: Array, rope_length: Array, kernels: Kernels, cache_dtype: str
 ) -> Array:
     """[B, T, D] of sequences from their beginning; every token reads a rounded cache as it would when decoded."""
     B, T = tokens.shape
@@ -278,7 +279,7 @@ def _at(x: Array, positions: Array, wanted: Array) -> Array:
 
 
 def _decode_step(
-    cfg: ModelConfig, params: Params, state: DecodeState, num_top: int, kernels: bool
+    cfg: ModelConfig, params: Params, state: DecodeState, num_top: int, kernels: Kernels
 ) -> tuple[DecodeState, Output]:
     tokens, positions = state.last_token[:, None], state.lengths[:, None]
     x, cache = hidden_states(cfg, params, tokens, positions, state.cache, state.controls.rope_length, kernels=kernels)

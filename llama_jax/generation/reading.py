@@ -13,6 +13,7 @@ from llama_jax.generation import programs
 from llama_jax.generation.request import Row, to_controls
 from llama_jax.generation.state import DecodeState, Output, Prefix
 from llama_jax.model import KVCache, Params
+from llama_jax.ops.kernels import Kernels
 
 MIN_PROMPT_BUCKET = 16
 PREFILL_CHUNK = 4096  # tokens of each prompt that are read at once: what bounds the memory of reading a long one
@@ -39,7 +40,7 @@ class Reader:
     Attributes:
         max_length: tokens a sequence may have, prompt and answer together.
         mesh: what the parameters lie on; None for one device.
-        kernels: whether attention may use the platform's kernel (llama_jax.ops.kernels.probe.choose_attention).
+        kernels: which of the platform's kernels programs may use (llama_jax.ops.kernels.probe.choose_kernels).
         cache_dtype: of keys and values, one of llama_jax.choices.CACHE_DTYPES.
         chunk: tokens of each prompt that are read at once.
         most_slots: of a cache that holds max_length tokens.
@@ -52,7 +53,7 @@ class Reader:
         max_length: int,
         mesh: Mesh | None = None,
         *,
-        kernels: bool = True,
+        kernels: Kernels = True,
         slack: int = 0,
         cache_dtype: str = "auto",
     ):

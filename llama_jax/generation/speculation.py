@@ -17,6 +17,7 @@ from llama_jax.generation import programs
 from llama_jax.generation.reading import Reader
 from llama_jax.generation.state import DecodeState, Output, by_rows, place, place_cache, replicate, row_keys
 from llama_jax.model import KVCache, Params, grow_cache, hidden_states, logits, num_slots
+from llama_jax.ops.kernels import Kernels
 from llama_jax.ops.sampling import sample
 from llama_jax.sharding import constrain
 
@@ -86,7 +87,7 @@ def speculate(
     num_top: int,
     draft_cfg: ModelConfig | None = None,
     draft_params: Params | None = None,
-    kernels: bool = True,
+    kernels: Kernels = True,
 ) -> tuple[SpeculativeState, Output]:
     """n steps, each of which makes 1 to num_draft + 1 tokens a row.
 
@@ -162,7 +163,9 @@ def look_up(tokens: Array, lengths: Array, num_draft: int) -> Array:
     return jnp.take_along_axis(tokens, following, axis=1)
 
 
-def _guess(cfg: ModelConfig, params: Params, state: SpeculativeState, num_draft: int, kernels: bool) -> tuple[Array, KVCache]:
+def _guess(
+    cfg: ModelConfig, params: Params, state: SpeculativeState, num_draft: int, kernels: Kernels
+) -> tuple[Array, KVCache]:
     """The smaller model's own draws [B, num_draft]; its cache then has the last of them, too."""
     controls, lengths = state.target.controls, state.target.lengths
 

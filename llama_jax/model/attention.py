@@ -5,13 +5,13 @@ from jax import Array
 
 from llama_jax.model.cache import LayerCache, repeat_heads, write
 from llama_jax.ops.attention import attend_cached, cache_array_axes, cache_arrays, multiplies_cache, of_arrays
-from llama_jax.ops.kernels import decode
+from llama_jax.ops.kernels import Kernels, decode
 from llama_jax.ops.rope import rotate
 from llama_jax.sharding import per_device
 
 
 def attend_and_write(
-    q: Array, k: Array, v: Array, cos: Array, sin: Array, cache: LayerCache, positions: Array, *, kernels: bool = True
+    q: Array, k: Array, v: Array, cos: Array, sin: Array, cache: LayerCache, positions: Array, *, kernels: Kernels = True
 ) -> tuple[Array, LayerCache]:
     """Rotates q and k, puts k and v into the cache, and attends: each token to the slots up to its own.
 

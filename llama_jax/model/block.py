@@ -12,6 +12,7 @@ from llama_jax.config import ModelConfig
 from llama_jax.model.attention import attend_and_write
 from llama_jax.model.cache import LayerCache, repeat_heads
 from llama_jax.ops.attention import attend_causal
+from llama_jax.ops.kernels import Kernels
 from llama_jax.ops.linear import WEIGHT_AXES, project_each
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.rope import rotate
@@ -30,7 +31,7 @@ class Block(nn.Module):
     cfg: ModelConfig
     param_dtype: jnp.dtype = jnp.float32
     adapted: Callable[[dict[str, str], Array, list[Array]], tuple[Array, ...]] | None = None
-    kernels: bool = True
+    kernels: Kernels = True
 
     @nn.compact
     def __call__(

@@ -17,6 +17,7 @@ from llama_jax.model.lora import LayerAdapter, LoraConfig, layer_seeds
 from llama_jax.model.params import Params
 from llama_jax.model.token import supports_head, supports_layer, token_layer, token_logits
 from llama_jax.ops.attention import MASKED
+from llama_jax.ops.kernels import Kernels
 from llama_jax.ops.linear import lookup, project
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.qarray import QArray
@@ -42,7 +43,7 @@ def hidden_states(
     cache: KVCache | None = None,
     rope_length: Array | int | None = None,
     *,
-    kernels: bool = True,
+    kernels: Kernels = True,
 ) -> tuple[Array, KVCache]:
     """Runs the layers, not the head. Layers are unrolled: a scan copies every weight and cache on every step on a GPU.
 
@@ -67,7 +68,14 @@ def hidden_states(
 
 
 def _layer(
-    cfg: ModelConfig, kernels: bool, layer: Params, x: Array, positions: Array, cos: Array, sin: Array, cache: LayerCache | None
+    cfg: ModelConfig,
+    kernels: Kernels,
+    layer: Params,
+    x: Array,
+    positions: Array,
+    cos: Array,
+    sin: Array,
+    cache: LayerCache | None,
 ) -> tuple[Array, LayerCache]:
     def plain(layer: Params, *inputs: Array | LayerCache | None) -> tuple[Array, LayerCache]:
         block = FusedBlock if is_fused(layer) else Block
@@ -133,7 +141,7 @@ def embed(params: Params, tokens: Array, dtype: DTypeLike | None = None) -> Arra
     return lookup(params["embedding"], tokens, dtype or params["embedding"].dtype)
 
 
-def logits(cfg: ModelConfig, params: Params, x: Array, *, kernels: bool = False) -> Array:
+def logits(cfg: ModelConfig, params: Params, x: Array, *, kernels: Kernels = False) -> Array:
     """Final norm and head: [B, T, D] -> [B, T, V'] float32; rows that only pad the vocabulary are never likely.
 
     Args:

@@ -8,7 +8,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from llama_jax.ops.kernels import flash, ragged, splash
+from llama_jax.ops.kernels import Kernels, cudnn, flash, ragged, splash
 from llama_jax.ops.linear import dot
 from llama_jax.ops.qarray import QVectors
 from llama_jax.sharding import per_device
@@ -18,16 +18,16 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 QUERIES, MOST_BLOCKS = 128, 8  # queries of a block at least, and blocks at most: every one is code of its own
 
 
-def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None, *, kernels: bool = True) -> Array:
+def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None, *, kernels: Kernels = True) -> Array:
     """Attention of whole sequences to themselves: a token sees those before it, and itself.
 
     Args:
         q: [B, T, N, H], rotated.
         k, v: [B, T, K, H], k rotated; N is a multiple of K.
         segment_ids: [B, T] where rows hold several sequences: a token sees its own only.
-        kernels: by the kernel of the platform this is compiled for (TPU, CUDA), where it has one for the shape. False, shapes
-            without one, float32, which kernels do not multiply in full, and CPUs: scores are in memory, of blocks of queries
-            with the keys that one of them may see.
+        kernels: by the kernel of the platform this is compiled for (TPU, CUDA), where it has one for the shape; "cudnn": on
+            CUDA by cuDNN's, of rows without segments. False, shapes without one, float32, which kernels do not multiply in
+            full, and CPUs: scores are in memory, of blocks of queries with the keys that one of them may see.
 
     Returns:
         [B, T, N, H] in v's dtype.
@@ -51,6 +51,8 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
 
     heads, kv_heads = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
     known = {"tpu": (splash.attend_splash, splash.supports), "cuda": (flash.attend_flash, flash.supports)}
+    if kernels == "cudnn" and segment_ids is None:
+        known["cuda"] = (lambda q, k, v, _: cudnn.attend_cudnn(q, k, v)), cudnn.supports
     usable = {
         platform: per_device(kernel, (heads, kv_heads, kv_heads, ("batch", "length")), heads)
         for platform, (kernel, supports) in known.items()
@@ -61,7 +63,7 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
     return jax.lax.platform_dependent(q, k, v, segment_ids, **usable, default=plain)
 
 
-def attend_cached(q: Array, k: Array | QVectors, v: Array | QVectors, positions: Array, *, kernels: bool = True) -> Array:
+def attend_cached(q: Array, k: Array | QVectors, v: Array | QVectors, positions: Array, *, kernels: Kernels = True) -> Array:
     """Attention to a cache that has the queries' own keys and values: a token sees the slots up to its position.
 
     Args:

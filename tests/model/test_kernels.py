@@ -13,6 +13,7 @@ from llama_jax.generation.engine import Engine
 from llama_jax.generation.request import Row, Settings
 from llama_jax.model import Params, param_shapes
 from llama_jax.model.fused import fuse_layer
+from llama_jax.ops.kernels import cudnn
 from llama_jax.training.step import StepConfig, batch_loss
 from tests.make_mesh import equations
 from tests.model.make import SMALL
@@ -33,6 +34,19 @@ def test_by_the_setting_of_a_training_step(allowed):
     config = StepConfig(remat="none", scan_layers=False, kernels=allowed)
     loss = functools.partial(batch_loss, CFG, config, batch=batch)
     assert kernels(lambda params: loss(params=params), param_shapes(CFG)) == PER_LAYER * CFG.num_layers * allowed
+
+
+def test_cudnn_reaches_every_layer_of_a_prompt(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cudnn, "attend_cudnn", lambda q, k, v: calls.append(q.shape) or q)
+    engine = Engine(CFG, param_shapes(CFG, jnp.bfloat16), 128, kernels="cudnn")
+
+    def trace(program, cfg, params, *args, **options):
+        return jax.eval_shape(lambda params: program(cfg, params, *args, **options), params)
+
+    monkeypatch.setattr(engine, "on_mesh", trace)
+    engine.prefill([Row(TOKENS[0].tolist(), Settings(), ())], 1, 0)
+    assert calls == [(1, 128, CFG.num_heads, CFG.head_dim)] * CFG.num_layers
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -8,8 +8,8 @@ import pytest
 
 from llama_jax.errors import LlamaError
 from llama_jax.ops.attention import attend_causal
-from llama_jax.ops.kernels import decode, flash, gemv, probe, ragged, splash
-from llama_jax.ops.kernels.probe import choose_attention
+from llama_jax.ops.kernels import cudnn, decode, flash, gemv, probe, ragged, splash
+from llama_jax.ops.kernels.probe import choose_attention, choose_kernels
 
 GPU = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100")
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
@@ -164,6 +164,48 @@ def test_a_device_uses_the_kernels_where_they_work_and_is_warned_once_where_they
 )
 def test_nothing_is_tried_where_there_is_nothing_to_find_out(found, wanted, device, head_dim, kernels):
     assert choose_attention(wanted, device, head_dim, pytest.fail) == kernels
+
+
+@pytest.fixture
+def cudnn_as_xla(monkeypatch):
+    """A stand-in for cuDNN's attention, on a device that has no fault of its own."""
+    by_xla = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
+    monkeypatch.setattr(probe, "find_fault", lambda device, head_dim: "")
+    monkeypatch.setattr(cudnn, "attend_cudnn", by_xla)
+    return by_xla
+
+
+def test_a_gpu_on_which_cudnn_works_reads_prompts_by_it(cudnn_as_xla, monkeypatch):
+    find = probe.find_cudnn_fault.__wrapped__
+    monkeypatch.setattr(probe, "find_cudnn_fault", lambda device, head_dim: find(CPU, head_dim))
+    assert choose_kernels(GPU, 64, pytest.fail) == "cudnn"
+    assert choose_kernels(GPU, 80, pytest.fail) == "cudnn"
+    assert choose_kernels(GPU, 60, pytest.fail) is True  # it has no such heads
+    assert choose_kernels(TPU, 64, pytest.fail) is True and choose_kernels(CPU, 64, pytest.fail) is True
+
+
+def test_a_gpu_on_which_it_does_not_keeps_its_kernels_and_says_why(cudnn_as_xla, monkeypatch):
+    notes = []
+    monkeypatch.setattr(probe, "find_cudnn_fault", lambda device, head_dim: "cuDNN is not detected.")
+    assert choose_kernels(GPU, 64, notes.append) is True
+    assert notes == [
+        "note: cuDNN's attention does not work on this NVIDIA A100 (cuDNN is not detected.): prompts take longer without it"
+    ]
+
+
+def test_a_gpu_without_kernels_does_not_try_it(found):
+    found[:] = ["no such instruction"]
+    notes = []
+    assert choose_kernels(GPU, 64, notes.append) is False and len(notes) == 1
+
+
+def test_cudnn_is_found_out_where_it_is_not_there_or_wrong(cudnn_as_xla, monkeypatch):
+    find = probe.find_cudnn_fault.__wrapped__
+    assert find(CPU, 64) == ""
+    monkeypatch.setattr(cudnn, "attend_cudnn", lambda *inputs: 1.1 * cudnn_as_xla(*inputs))
+    assert "out is wrong by" in find(CPU, 64)
+    monkeypatch.undo()
+    assert find(CPU, 64)  # jax's words, which differ by version
 
 
 def test_an_unknown_choice_is_refused():

@@ -12,7 +12,7 @@ from jax import Array
 
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.ops.attention import attend, attend_cached, attend_causal, cache_arrays, of_arrays
-from llama_jax.ops.kernels import decode, flash, gemv, ragged, splash
+from llama_jax.ops.kernels import Kernels, cudnn, decode, flash, gemv, ragged, splash
 from llama_jax.ops.linear import project
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.qarray import QArray, quantize, quantize_vectors
@@ -60,16 +60,47 @@ def choose_attention(wanted: str, device: jax.Device, head_dim: int, note: Calla
     return not fault
 
 
+def choose_kernels(device: jax.Device, head_dim: int, note: Callable[[str], None]) -> Kernels:
+    """choose_attention's "auto" for generation, which on a GPU reads prompts by cuDNN if that works.
+
+    Args:
+        note: takes a line for the user.
+    """
+    works = choose_attention("auto", device, head_dim, note)
+    if not works or device.platform != "gpu" or not cudnn.supports(LENGTH, head_dim):
+        return works
+    if fault := find_cudnn_fault(device, head_dim):
+        note(f"note: cuDNN's attention does not work on this {device.device_kind} ({fault}): prompts take longer without it")
+        return True
+    return "cudnn"
+
+
+@functools.cache
+def find_cudnn_fault(device: jax.Device, head_dim: int) -> str:
+    """find_fault of cuDNN's attention, whose gradients nobody asks for."""
+    draw = _drawing(device)
+    inputs = tuple(draw(1, LENGTH, heads, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS))
+
+    def ours(*inputs: Array) -> list[Array]:
+        return [cudnn.attend_cudnn(*inputs)]
+
+    def plain(*inputs: Array) -> list[Array]:
+        return [attend_causal(*inputs, kernels=False)]
+
+    return _difference(ours, plain, inputs, ("out",))
+
+
 @functools.cache
 def find_fault(device: jax.Device, head_dim: int) -> str:
     """What is wrong with a kernel's result or gradients on a device, or the first line of the error; "" if nothing is."""
-    rng = np.random.default_rng(0)
-
-    def draw(*shape: int) -> Array:
-        return jax.device_put(jnp.asarray(rng.normal(size=shape), jnp.bfloat16), device)
-
-    cases = CASES[device.platform](draw, head_dim)
+    cases = CASES[device.platform](_drawing(device), head_dim)
     return next(filter(None, itertools.starmap(_difference, cases)), "")
+
+
+def _drawing(device: jax.Device) -> Callable[..., Array]:
+    """From a shape to numbers, always the same ones in the same order."""
+    rng = np.random.default_rng(0)
+    return lambda *shape: jax.device_put(jnp.asarray(rng.normal(size=shape), jnp.bfloat16), device)
 
 
 def gpu_cases(draw: Callable[..., Array], head_dim: int) -> Iterator[Case]:

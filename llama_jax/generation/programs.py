@@ -88,7 +88,7 @@ def read(
     return place_cache(grow_cache(round_cache(cache, cache_dtype), cache_length)), _at(x, positions, lengths - 1)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("cache", "last"))
+@functools.partial(jax.jit, static_argnames=("cfg", "kernels"), donate_argnames=("cache", "last"))
 def extend(
     cfg: ModelConfig,
     params: Params,
@@ -98,6 +98,8 @@ def extend(
     start: Array,
     lengths: Array,
     rope_length: Array,
+    *,
+    kernels: Kernels = True,
 ) -> tuple[KVCache, Array]:
     """Reads the next T tokens of prompts; the arguments' and results' meaning is `read`'s. Of a rounded cache they read rounded
     keys and values.
@@ -109,7 +111,7 @@ def extend(
         start: scalar, so that programs do not depend on it.
     """
     positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, cache = hidden_states(cfg, params, tokens, positions, cache, rope_length)
+    x, cache = hidden_states(cfg, params, tokens, positions, cache, rope_length, kernels=kernels)
     return place_cache(cache), last + _at(x, positions, lengths - 1)
 
 

@@ -160,10 +160,8 @@ class Reader:
                 cache_dtype=self.cache_dtype,
             )
         for at in range(start, tokens.shape[1], self.chunk):
-            piece = tokens[:, at : at + self.chunk]
-            cache, last = self.on_mesh(
-                programs.extend, self.cfg, self.params, cache, last, piece, np.int32(at), lengths, rope_length
-            )
+            piece = (tokens[:, at : at + self.chunk], np.int32(at), lengths, rope_length)
+            cache, last = self.on_mesh(programs.extend, self.cfg, self.params, cache, last, *piece, kernels=self.kernels)
         return cache, last
 
     def pad(self, rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -69,9 +69,10 @@ def attend_cached(q: Array, k: Array | QVectors, v: Array | QVectors, positions:
     Args:
         q: [B, T, N, H], rotated.
         k, v: [B, K, S, H], k rotated; N is a multiple of K.
-        positions: [B, T].
-        kernels: of single tokens by the TPU's kernel, which reads filled slots only, where it has one for the shape. Otherwise,
-            and of float32, as attend, scores in memory for a block of queries at a time, one block after the other.
+        positions: [B, T], consecutive in each row.
+        kernels: of single tokens by the TPU's kernel, of many by the GPU's, which read filled slots only, where there is one
+            for the shape. Otherwise, and of float32, as attend, scores in memory for a block of queries at a time, one block
+            after the other.
 
     Returns:
         [B, T, N, H] in q's dtype.
@@ -93,15 +94,21 @@ def attend_cached(q: Array, k: Array | QVectors, v: Array | QVectors, positions:
         blocks = (jnp.moveaxis(x.reshape(B, count, QUERIES, *x.shape[2:]), 1, 0) for x in (q, positions))
         return jnp.moveaxis(jax.lax.map(block, tuple(blocks)), 0, 1).reshape(B, count * QUERIES, N, H)[:, :T]
 
-    def by_kernel(q: Array, positions: Array, k: Array, v: Array, *scales: Array) -> Array:
+    def one_on_tpu(q: Array, positions: Array, k: Array, v: Array, *scales: Array) -> Array:
         return ragged.attend_ragged(q[:, 0], k, v, jnp.minimum(positions[:, 0] + 1, S), *scales)[:, None]
 
+    def many_on_gpu(q: Array, positions: Array, k: Array, v: Array, *scales: Array) -> Array:
+        return flash.attend_flash_cached(q, k, v, positions[:, 0], *scales)
+
     inputs = (q, positions, *cache_arrays(k, v))
-    if not kernels or T != 1 or not multiplies_cache(q, k) or not ragged.supports(S, H):
+    usable = {"tpu": one_on_tpu} if T == 1 and ragged.supports(S, H) else {}
+    usable |= {"cuda": many_on_gpu} if flash.supports_cached(T, S, H) else {}
+    if not kernels or not usable or not multiplies_cache(q, k):
         return plain(*inputs)
     heads = ("batch", "length", "heads", "head_dim")
-    run = per_device(by_kernel, (heads, ("batch", "length"), *map(cache_array_axes, inputs[2:])), heads)
-    return jax.lax.platform_dependent(*inputs, tpu=run, default=plain)
+    axes = (heads, ("batch", "length"), *map(cache_array_axes, inputs[2:]))
+    usable = {platform: per_device(kernel, axes, heads) for platform, kernel in usable.items()}
+    return jax.lax.platform_dependent(*inputs, **usable, default=plain)
 
 
 def multiplies_cache(q: Array, k: Array | QVectors) -> bool:

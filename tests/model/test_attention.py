@@ -11,7 +11,7 @@ import pytest
 from llama_jax.mesh import cache_heads
 from llama_jax.model.attention import attend_and_write
 from llama_jax.model.cache import LayerCache
-from llama_jax.ops.kernels import decode, ragged
+from llama_jax.ops.kernels import decode, flash, ragged
 from llama_jax.ops.qarray import quantize_vectors
 from tests.make_mesh import equations, mesh_of, on
 
@@ -54,6 +54,37 @@ def test_a_kernel_computes_what_a_cpu_computes(elsewhere, name):
         alone = jax.jit(lambda *args: attend_and_write(*args, kernels=False))(*args)
     np.testing.assert_allclose(out.astype(np.float32), alone[0].astype(np.float32), rtol=0, atol=0.02)
     for ours, wanted in zip(cache, alone[1], strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize("in_int8", [False, True])
+@pytest.mark.parametrize("name", [None, "1x1x8", "2x2x2"])
+def test_tokens_that_follow_others_are_attended_to_by_a_gpu_s_kernel(monkeypatch, name, in_int8):
+    """Rows of 64 tokens that begin at different places."""
+    mesh, calls = None if name is None else mesh_of(name), []
+    choose = jax.lax.platform_dependent
+
+    def on_cuda(*args, default=None, **branches):
+        return branches["cuda"](*args) if "cuda" in branches else choose(*args, default=default, **branches)
+
+    def kernel(*args, right=flash.attend_flash_cached):
+        calls.append(args[0].shape)
+        return right(*args, interpret=True)
+
+    q, k, v, _, _, cache, _ = draw(cache_heads(KV_HEADS, 1 if mesh is None else mesh.shape["tensor"]), T=64)
+    cache = LayerCache(*map(quantize_vectors, cache)) if in_int8 else cache
+    starts = np.array([0, 1, 5, 63, 64, 33, 12, 60])[:, None]
+    positions = starts + np.arange(64)
+    angles = positions[..., None] * 0.01 * np.arange(1, HEAD_DIM // 2 + 1)
+    args = (q, k, v, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), cache, positions.astype(np.int32))
+    with on(mesh):
+        alone, there = jax.jit(functools.partial(attend_and_write, kernels=False))(*args)
+        monkeypatch.setattr(jax.lax, "platform_dependent", on_cuda)
+        monkeypatch.setattr(flash, "attend_flash_cached", kernel)
+        out, here = jax.jit(lambda *args: attend_and_write(*args))(*args)
+    assert len(calls) == 1
+    np.testing.assert_allclose(out.astype(np.float32), alone.astype(np.float32), rtol=0, atol=0.02)
+    for ours, wanted in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         np.testing.assert_array_equal(ours, wanted)
 
 

@@ -42,6 +42,7 @@ def interpret(monkeypatch, module, name: str) -> None:
 @pytest.fixture
 def working_flash(monkeypatch):
     monkeypatch.setattr(flash, "attend_flash", functools.partial(attend_causal, kernels=False))
+    interpret(monkeypatch, flash, "attend_flash_cached")
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ def working_splash(on_tpu, monkeypatch):
 
 def test_kernels_that_work_have_no_fault(monkeypatch):
     interpret(monkeypatch, flash, "attend_flash")
+    interpret(monkeypatch, flash, "attend_flash_cached")
     interpret(monkeypatch, decode, "rotate_append_attend")
     interpret(monkeypatch, gemv, "multiply_row")
     with jax.default_matmul_precision("default"):
@@ -91,6 +93,19 @@ def test_a_product_of_a_row_that_is_something_else_is_found_out(working_flash, m
     monkeypatch.setattr(gemv, "multiply_row", wrong)
     jax.clear_caches()  # what was traced with the right one
     assert said in probe.find_fault.__wrapped__(CPU, 64)
+
+
+@pytest.mark.parametrize("broken", ["bfloat16", "int8"])
+def test_tokens_attention_to_a_cache_that_is_something_else_is_found_out(working_flash, monkeypatch, broken):
+    interpret(monkeypatch, decode, "rotate_append_attend")
+    right = flash.attend_flash_cached
+
+    def wrong(q, k, *rest):
+        return (1.1 if k.dtype == broken else 1.0) * right(q, k, *rest)
+
+    monkeypatch.setattr(flash, "attend_flash_cached", wrong)
+    jax.clear_caches()  # what was traced with the right one
+    assert f"tokens' out of a cache in {broken} is wrong by" in probe.find_fault.__wrapped__(CPU, 64)
 
 
 @pytest.mark.parametrize("factor", [1.1, float("nan")])

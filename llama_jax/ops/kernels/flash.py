@@ -1,4 +1,5 @@
-"""Attention of whole sequences on GPUs: FlashAttention-2 (Dao 2023, arXiv:2307.08691) in Pallas, compiled by Triton.
+"""Attention of many tokens on GPUs, of whole sequences with gradients, or to a cache: FlashAttention-2 (Dao 2023,
+arXiv:2307.08691) in Pallas, compiled by Triton.
 
 Scores are never held, a key/value head is read by all its query heads in place, and blocks that lie above the diagonal or in
 other segments are not visited. jax's own kernel (pallas.ops.gpu.attention) needs keys repeated per query head and visits every
@@ -16,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 LENGTH_MULTIPLE = 128  # of the largest tile
+CACHED_MULTIPLE = 64  # of tokens and slots of a cache
 HEAD_DIMS = (64, 128)
 LOWEST = -1e30  # that a query's highest score is taken to be; finite, so that a block of scores of -inf leaves no NaN
 
@@ -65,6 +67,11 @@ class Spans(NamedTuple):
 def supports(length: int, head_dim: int) -> bool:
     """Whether sequences of this length and heads of this width can be cut into the kernels' tiles."""
     return length % LENGTH_MULTIPLE == 0 and head_dim in HEAD_DIMS
+
+
+def supports_cached(length: int, slots: int, head_dim: int) -> bool:
+    """Whether so many tokens of a row, and so many slots of a cache, can be cut into the kernel's tiles."""
+    return length % CACHED_MULTIPLE == 0 and slots % CACHED_MULTIPLE == 0 and head_dim in HEAD_DIMS
 
 
 def attend_flash(
@@ -124,44 +131,93 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 @_once_per_shape
+def attend_flash_cached(
+    q: Array,
+    k: Array,
+    v: Array,
+    starts: Array,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    *,
+    tile: Tile = TILES.forward,
+    interpret: bool = False,
+) -> Array:
+    """ops.attention.attend_cached of consecutive tokens, which are in the cache: blocks of slots that they see are read.
+
+    Args:
+        q: [B, T, N, H].
+        k, v: [B, K, S, H], of q's dtype, or int8 with scales.
+        starts: [B] int32, of the first token of each row; T more slots are there.
+        k_scale, v_scale: [B, K, S] float32; they multiply scores and probabilities.
+        tile: sizes that divide T and S.
+        interpret: run it in JAX operations (for tests on a CPU).
+    """
+    scales = () if k_scale is None else (k_scale, v_scale)
+    return _attend_forward_kernel(q, k, v, (starts.astype(jnp.int32), *scales), tile, interpret, cached=True)[0]
+
+
+@_once_per_shape
 def _forward(q: Array, k: Array, v: Array, spans: Spans | None, tile: Tile, interpret: bool) -> tuple[Array, Array]:
     """Returns out [B, T, N, H] and, of every query's scores in base 2, the logarithm of their exponentials' sum [B, N, T]."""
+    more = () if spans is None else (spans.ids, spans.first_forward)
+    return _attend_forward_kernel(q, k, v, more, tile, interpret, cached=False)
+
+
+def _attend_forward_kernel(
+    q: Array, k: Array, v: Array, more: tuple[Array, ...], tile: Tile, interpret: bool, *, cached: bool
+) -> tuple[Array, Array]:
     B, T, N, H = q.shape
-    count, group = T // tile.queries, N // k.shape[2]
+    K, S = k.shape[1:3] if cached else k.shape[2:0:-1]
+    count, group = T // tile.queries, N // K
 
     def rows(i: Any, b: Any, n: Any) -> tuple:
         return b, count - 1 - i, n, 0  # the longest first
 
-    keys = pl.BlockSpec((None, T, None, H), lambda i, b, n: (b, 0, jax.lax.div(n, group), 0))
+    def of_head(i: Any, b: Any, n: Any) -> tuple:
+        head = jax.lax.div(n, group)
+        return (b, head, 0, 0) if cached else (b, 0, head, 0)
+
+    keys = pl.BlockSpec((None, None, S, H) if cached else (None, S, None, H), of_head)
+    if cached:
+        scale = pl.BlockSpec((None, None, S), lambda i, b, n: of_head(i, b, n)[:3])
+        specs = [pl.BlockSpec((None,), lambda i, b, n: (b,)), scale, scale][: len(more)]
+    else:
+        specs = [pl.BlockSpec((None, x.shape[1]), lambda i, b, n: (b, 0)) for x in more]
     return _call(
-        functools.partial(_forward_kernel, tile=tile),
+        functools.partial(_forward_kernel, tile=tile, cached=cached),
         grid=(count, B, N),
-        in_specs=[pl.BlockSpec((None, tile.queries, None, H), rows), keys, keys, *_span_specs(spans, count, T)],
+        in_specs=[pl.BlockSpec((None, tile.queries, None, H), rows), keys, keys, *specs],
         out_specs=[
             pl.BlockSpec((None, tile.queries, None, H), rows),
             pl.BlockSpec((None, None, tile.queries), lambda i, b, n: (b, n, count - 1 - i)),
         ],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
-        name="flash_attention",
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        name="flash_attention_cached" if cached else "flash_attention",
         tile=tile,
         interpret=interpret,
-    )(q, k, v, *(() if spans is None else (spans.ids, spans.first_forward)))
+    )(q, k, v, *more)
 
 
-def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, tile: Tile) -> None:
-    *spans, out_ref, log_sums_ref = refs
+def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, tile: Tile, cached: bool) -> None:
+    *more, out_ref, log_sums_ref = refs
     i = pl.num_programs(0) - 1 - pl.program_id(0)
     q, scale = q_ref[...], _scale(q_ref)
-    look = _Look(i, tile, *spans)
+    look = _Look(i, tile, start=more[0][...]) if cached else _Look(i, tile, *more)
+    k_scales, v_scales = more[1:] if cached and len(more) > 1 else (None, None)
 
     def visit(j: Array, carry: tuple[Array, Array, Array], *, diagonal: bool) -> tuple[Array, Array, Array]:
         out, highest, total = carry
         at = pl.ds(j * tile.keys, tile.keys)
-        scores = look.mask(_dot(q, k_ref[at, :].T), j, diagonal)
+        scores = _dot(q, k_ref[at, :].astype(q.dtype).T)
+        if k_scales is not None:
+            scores = scores * k_scales[at][None, :]
+        scores = look.mask(scores, j, diagonal)
         higher = jnp.maximum(highest, jnp.max(scores, axis=1) * scale)
         shrink, weights = jnp.exp2(highest - higher), jnp.exp2(scores * scale - higher[:, None])
         total = total * shrink + jnp.sum(weights, axis=1)
-        return out * shrink[:, None] + _dot(weights.astype(v_ref.dtype), v_ref[at, :]), higher, total
+        if v_scales is not None:
+            weights = weights * v_scales[at][None, :]
+        return out * shrink[:, None] + _dot(weights.astype(q.dtype), v_ref[at, :].astype(q.dtype)), higher, total
 
     empty = (
         jnp.zeros(q.shape, jnp.float32),
@@ -293,16 +349,18 @@ class _Look:
     Args:
         i: block of queries.
         spans: references to a row's segments [T] and to the first block of keys [T/queries] where there are segments.
+        start: keys before the first query's own.
     """
 
-    def __init__(self, i: Array, tile: Tile, *spans: Any):
+    def __init__(self, i: Array, tile: Tile, *spans: Any, start: Array | int = 0):
         self.tile = tile
-        self.rows = i * tile.queries + jnp.arange(tile.queries)
+        first = start + i * tile.queries
+        self.rows = first + jnp.arange(tile.queries)
         self.all_ids = spans[0] if spans else None
         self.ids = self.all_ids[pl.ds(i * tile.queries, tile.queries)] if spans else None
         self.start = spans[1][i] if spans else 0
-        self.end = jax.lax.div((i + 1) * tile.queries + tile.keys - 1, tile.keys)
-        self.crossing = jax.lax.div(i * tile.queries, tile.keys)  # the diagonal, from here on; not before start
+        self.end = jax.lax.div(first + tile.queries + tile.keys - 1, tile.keys)
+        self.crossing = jax.lax.div(first, tile.keys)  # the diagonal, from here on; not before self.start
 
     def over_keys(self, visit: Any, carry: Any) -> Any:
         carry = jax.lax.fori_loop(self.start, self.crossing, functools.partial(visit, diagonal=False), carry)

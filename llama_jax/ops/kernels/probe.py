@@ -21,6 +21,7 @@ from llama_jax.ops.rope import rotate
 ATTENTION = ("auto", "kernel", "plain")
 LENGTH, HEADS, KV_HEADS = 256, 4, 2
 FILLED, SLOTS = (700, 130), 1024  # of the rows of a cache: two of the kernel's blocks, and one
+STARTS, TOKENS = (100, 0), 64  # of tokens that follow others in a cache of LENGTH slots
 ROWS, INPUTS, EPS = 128, 384, 1e-5  # of weights that a row is multiplied with
 LARGEST_ERROR = 0.02  # of a result's largest value; bfloat16 rounds to 0.004 of a number
 
@@ -112,6 +113,10 @@ def gpu_cases(draw: Callable[..., Array], head_dim: int) -> Iterator[Case]:
     token = (q, k, v, *angles, *cache, np.array([100], np.int32))
     names = ("a token's out", "its cached key", "its cached value")
     yield Case(decode.rotate_append_attend, _attend_token, token, names)
+    q, *cache = (draw(len(STARTS), *shape, head_dim) for shape in ((TOKENS, HEADS), (KV_HEADS, LENGTH), (KV_HEADS, LENGTH)))
+    caches = [cache_arrays(*cache), cache_arrays(*map(quantize_vectors, cache))]
+    names = tuple(f"tokens' out of a cache in {kind}" for kind in ("bfloat16", "int8"))
+    yield Case(_attend_tokens, _attend_tokens_plainly, (q, np.array(STARTS, np.int32), caches), names)
     row, weight = draw(INPUTS), draw(2, ROWS, INPUTS)
     kinds = [weight, *(quantize(weight, 1, method) for method in ("int8", "int4"))]
     names = tuple(f"a row times {kind}" for kind in ("bfloat16", "int8", "int4"))
@@ -145,6 +150,15 @@ def _sequence(kernel: Callable, draw: Callable[..., Array], head_dim: int) -> Ca
 
     plain = both(functools.partial(attend_causal, kernels=False))
     return Case(both(kernel), plain, inputs, ("out", "dq", "dk", "dv"))
+
+
+def _attend_tokens(q: Array, starts: Array, caches: Sequence[tuple[Array, ...]]) -> list[Array]:
+    return [flash.attend_flash_cached(q, *arrays[:2], starts, *arrays[2:]) for arrays in caches]
+
+
+def _attend_tokens_plainly(q: Array, starts: Array, caches: Sequence[tuple[Array, ...]]) -> list[Array]:
+    positions = starts[:, None] + jnp.arange(TOKENS)
+    return [attend_cached(q, *of_arrays(arrays), positions, kernels=False) for arrays in caches]
 
 
 def _attend_caches(q: Array, filled: Array, caches: Sequence[tuple[Array, ...]]) -> list[Array]:

@@ -8,7 +8,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from llama_jax.ops.kernels import Kernels, cudnn, flash, ragged, splash
+from llama_jax.ops.kernels import Kernels, cudnn, flash, ragged, ragged_chunk, splash
 from llama_jax.ops.linear import dot
 from llama_jax.ops.qarray import QVectors
 from llama_jax.sharding import per_device
@@ -70,9 +70,9 @@ def attend_cached(q: Array, k: Array | QVectors, v: Array | QVectors, positions:
         q: [B, T, N, H], rotated.
         k, v: [B, K, S, H], k rotated; N is a multiple of K.
         positions: [B, T], consecutive in each row.
-        kernels: of single tokens by the TPU's kernel, of many by the GPU's, which read filled slots only, where there is one
-            for the shape. Otherwise, and of float32, as attend, scores in memory for a block of queries at a time, one block
-            after the other.
+        kernels: by those of the platform this is compiled for, which read filled slots only, where it has one for the shape: of
+            single tokens the TPU, of many TPU and GPU. Otherwise, and of float32, as attend, scores in memory for a block of
+            queries at a time, one block after the other.
 
     Returns:
         [B, T, N, H] in q's dtype.
@@ -97,11 +97,15 @@ def attend_cached(q: Array, k: Array | QVectors, v: Array | QVectors, positions:
     def one_on_tpu(q: Array, positions: Array, k: Array, v: Array, *scales: Array) -> Array:
         return ragged.attend_ragged(q[:, 0], k, v, jnp.minimum(positions[:, 0] + 1, S), *scales)[:, None]
 
+    def many_on_tpu(q: Array, positions: Array, k: Array, v: Array, *scales: Array) -> Array:
+        return ragged_chunk.attend_ragged_chunk(q, k, v, positions[:, 0], *scales)
+
     def many_on_gpu(q: Array, positions: Array, k: Array, v: Array, *scales: Array) -> Array:
         return flash.attend_flash_cached(q, k, v, positions[:, 0], *scales)
 
     inputs = (q, positions, *cache_arrays(k, v))
     usable = {"tpu": one_on_tpu} if T == 1 and ragged.supports(S, H) else {}
+    usable |= {"tpu": many_on_tpu} if ragged_chunk.supports(T, S, H) else {}
     usable |= {"cuda": many_on_gpu} if flash.supports_cached(T, S, H) else {}
     if not kernels or not usable or not multiplies_cache(q, k):
         return plain(*inputs)

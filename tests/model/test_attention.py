@@ -11,7 +11,7 @@ import pytest
 from llama_jax.mesh import cache_heads
 from llama_jax.model.attention import attend_and_write
 from llama_jax.model.cache import LayerCache
-from llama_jax.ops.kernels import decode, flash, ragged
+from llama_jax.ops.kernels import decode, flash, ragged, ragged_chunk
 from llama_jax.ops.qarray import quantize_vectors
 from tests.make_mesh import equations, mesh_of, on
 
@@ -19,12 +19,12 @@ ROWS, HEADS, KV_HEADS, SLOTS, HEAD_DIM = 8, 8, 2, 128, 128
 POSITIONS = np.array([0, 1, 5, 63, 64, 100, 126, 127], np.int32)[:, None]
 
 
-def draw(K: int, T: int = 1, dtype=ml_dtypes.bfloat16) -> tuple:
+def draw(K: int, T: int = 1, dtype=ml_dtypes.bfloat16, slots: int = SLOTS) -> tuple:
     """Arguments of attend_and_write, of a cache of K heads."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(ROWS, T, heads, HEAD_DIM)).astype(dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
     angles = rng.uniform(0, 6, (ROWS, T, HEAD_DIM // 2))
-    cache = LayerCache(*(jnp.asarray(rng.normal(size=(ROWS, K, SLOTS, HEAD_DIM)), dtype) for _ in range(2)))
+    cache = LayerCache(*(jnp.asarray(rng.normal(size=(ROWS, K, slots, HEAD_DIM)), dtype) for _ in range(2)))
     return q, k, v, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), cache, POSITIONS
 
 
@@ -59,28 +59,30 @@ def test_a_kernel_computes_what_a_cpu_computes(elsewhere, name):
 
 @pytest.mark.parametrize("in_int8", [False, True])
 @pytest.mark.parametrize("name", [None, "1x1x8", "2x2x2"])
-def test_tokens_that_follow_others_are_attended_to_by_a_gpu_s_kernel(monkeypatch, name, in_int8):
-    """Rows of 64 tokens that begin at different places."""
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_tokens_that_follow_others_are_attended_to_by_a_kernel(monkeypatch, platform, name, in_int8):
+    """Rows of 128 tokens that begin at different places."""
     mesh, calls = None if name is None else mesh_of(name), []
-    choose = jax.lax.platform_dependent
+    module, function = {"cuda": (flash, "attend_flash_cached"), "tpu": (ragged_chunk, "attend_ragged_chunk")}[platform]
+    choose, right = jax.lax.platform_dependent, getattr(module, function)
 
-    def on_cuda(*args, default=None, **branches):
-        return branches["cuda"](*args) if "cuda" in branches else choose(*args, default=default, **branches)
+    def elsewhere(*args, default=None, **branches):
+        return branches[platform](*args) if platform in branches else choose(*args, default=default, **branches)
 
-    def kernel(*args, right=flash.attend_flash_cached):
+    def kernel(*args):
         calls.append(args[0].shape)
         return right(*args, interpret=True)
 
-    q, k, v, _, _, cache, _ = draw(cache_heads(KV_HEADS, 1 if mesh is None else mesh.shape["tensor"]), T=64)
+    q, k, v, _, _, cache, _ = draw(cache_heads(KV_HEADS, 1 if mesh is None else mesh.shape["tensor"]), T=128, slots=256)
     cache = LayerCache(*map(quantize_vectors, cache)) if in_int8 else cache
-    starts = np.array([0, 1, 5, 63, 64, 33, 12, 60])[:, None]
-    positions = starts + np.arange(64)
+    starts = np.array([0, 1, 5, 63, 64, 128, 12, 127])[:, None]
+    positions = starts + np.arange(128)
     angles = positions[..., None] * 0.01 * np.arange(1, HEAD_DIM // 2 + 1)
     args = (q, k, v, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), cache, positions.astype(np.int32))
     with on(mesh):
         alone, there = jax.jit(functools.partial(attend_and_write, kernels=False))(*args)
-        monkeypatch.setattr(jax.lax, "platform_dependent", on_cuda)
-        monkeypatch.setattr(flash, "attend_flash_cached", kernel)
+        monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
+        monkeypatch.setattr(module, function, kernel)
         out, here = jax.jit(lambda *args: attend_and_write(*args))(*args)
     assert len(calls) == 1
     np.testing.assert_allclose(out.astype(np.float32), alone.astype(np.float32), rtol=0, atol=0.02)

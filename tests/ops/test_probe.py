@@ -8,7 +8,7 @@ import pytest
 
 from llama_jax.errors import LlamaError
 from llama_jax.ops.attention import attend_causal
-from llama_jax.ops.kernels import cudnn, decode, flash, gemv, probe, ragged, splash
+from llama_jax.ops.kernels import cudnn, decode, flash, gemv, probe, ragged, ragged_chunk, splash
 from llama_jax.ops.kernels.probe import choose_attention, choose_kernels
 
 GPU = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100")
@@ -122,6 +122,7 @@ def test_a_tpu_s_kernels_that_work_have_no_fault(on_tpu, monkeypatch, head_dim):
     interpret(monkeypatch, splash, "attend_splash")
     if head_dim == 128:
         interpret(monkeypatch, ragged, "attend_ragged")
+        interpret(monkeypatch, ragged_chunk, "attend_ragged_chunk")
     with jax.default_matmul_precision("default"):
         assert probe.find_fault.__wrapped__(CPU, head_dim) == ""
 
@@ -153,6 +154,18 @@ def test_a_token_s_attention_on_a_tpu_that_is_something_else_is_found_out(workin
 
     monkeypatch.setattr(ragged, "attend_ragged", wrong)
     assert f"a token's out of a cache in {broken} is wrong by" in probe.find_fault.__wrapped__(CPU, 128)
+
+
+@pytest.mark.parametrize("broken", ["bfloat16", "int8"])
+def test_tokens_attention_on_a_tpu_that_is_something_else_is_found_out(working_splash, monkeypatch, broken):
+    interpret(monkeypatch, ragged, "attend_ragged")
+    right = functools.partial(ragged_chunk.attend_ragged_chunk, interpret=True)
+
+    def wrong(q, k, *rest):
+        return (1.1 if k.dtype == broken else 1.0) * right(q, k, *rest)
+
+    monkeypatch.setattr(ragged_chunk, "attend_ragged_chunk", wrong)
+    assert f"tokens' out of a cache in {broken} is wrong by" in probe.find_fault.__wrapped__(CPU, 128)
 
 
 @pytest.mark.parametrize("device, kind", [(GPU, "A100"), (TPU, "TPU v5 lite")])

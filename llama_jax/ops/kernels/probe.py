@@ -12,7 +12,7 @@ from jax import Array
 
 from llama_jax.errors import ExitCode, LlamaError
 from llama_jax.ops.attention import attend, attend_cached, attend_causal, cache_arrays, of_arrays
-from llama_jax.ops.kernels import Kernels, cudnn, decode, flash, gemv, ragged, splash
+from llama_jax.ops.kernels import Kernels, cudnn, decode, flash, gemv, ragged, ragged_chunk, splash
 from llama_jax.ops.linear import project
 from llama_jax.ops.norm import rms_norm
 from llama_jax.ops.qarray import QArray, quantize, quantize_vectors
@@ -21,7 +21,7 @@ from llama_jax.ops.rope import rotate
 ATTENTION = ("auto", "kernel", "plain")
 LENGTH, HEADS, KV_HEADS = 256, 4, 2
 FILLED, SLOTS = (700, 130), 1024  # of the rows of a cache: two of the kernel's blocks, and one
-STARTS, TOKENS = (100, 0), 64  # of tokens that follow others in a cache of LENGTH slots
+STARTS, TOKENS = (100, 0), 128  # of tokens that follow others in a cache of LENGTH slots
 ROWS, INPUTS, EPS = 128, 384, 1e-5  # of weights that a row is multiplied with
 LARGEST_ERROR = 0.02  # of a result's largest value; bfloat16 rounds to 0.004 of a number
 
@@ -113,10 +113,7 @@ def gpu_cases(draw: Callable[..., Array], head_dim: int) -> Iterator[Case]:
     token = (q, k, v, *angles, *cache, np.array([100], np.int32))
     names = ("a token's out", "its cached key", "its cached value")
     yield Case(decode.rotate_append_attend, _attend_token, token, names)
-    q, *cache = (draw(len(STARTS), *shape, head_dim) for shape in ((TOKENS, HEADS), (KV_HEADS, LENGTH), (KV_HEADS, LENGTH)))
-    caches = [cache_arrays(*cache), cache_arrays(*map(quantize_vectors, cache))]
-    names = tuple(f"tokens' out of a cache in {kind}" for kind in ("bfloat16", "int8"))
-    yield Case(_attend_tokens, _attend_tokens_plainly, (q, np.array(STARTS, np.int32), caches), names)
+    yield _tokens_of_a_cache(_attend_tokens_on_gpu, draw, head_dim)
     row, weight = draw(INPUTS), draw(2, ROWS, INPUTS)
     kinds = [weight, *(quantize(weight, 1, method) for method in ("int8", "int4"))]
     names = tuple(f"a row times {kind}" for kind in ("bfloat16", "int8", "int4"))
@@ -131,6 +128,8 @@ def tpu_cases(draw: Callable[..., Array], head_dim: int) -> Iterator[Case]:
         caches = [cache_arrays(*cache), cache_arrays(*map(quantize_vectors, cache))]
         names = tuple(f"a token's out of a cache in {kind}" for kind in ("bfloat16", "int8"))
         yield Case(_attend_caches, _attend_caches_plainly, (q, np.array(FILLED, np.int32), caches), names)
+    if ragged_chunk.supports(TOKENS, LENGTH, head_dim):
+        yield _tokens_of_a_cache(_attend_tokens_on_tpu, draw, head_dim)
 
 
 CASES = {"gpu": gpu_cases, "tpu": tpu_cases}
@@ -152,8 +151,21 @@ def _sequence(kernel: Callable, draw: Callable[..., Array], head_dim: int) -> Ca
     return Case(both(kernel), plain, inputs, ("out", "dq", "dk", "dv"))
 
 
-def _attend_tokens(q: Array, starts: Array, caches: Sequence[tuple[Array, ...]]) -> list[Array]:
+def _tokens_of_a_cache(kernel: Callable, draw: Callable[..., Array], head_dim: int) -> Case:
+    """Of tokens that follow others, in a cache of floats and one of int8."""
+    shapes = (TOKENS, HEADS), (KV_HEADS, LENGTH), (KV_HEADS, LENGTH)
+    q, *cache = (draw(len(STARTS), *shape, head_dim) for shape in shapes)
+    caches = [cache_arrays(*cache), cache_arrays(*map(quantize_vectors, cache))]
+    names = tuple(f"tokens' out of a cache in {kind}" for kind in ("bfloat16", "int8"))
+    return Case(kernel, _attend_tokens_plainly, (q, np.array(STARTS, np.int32), caches), names)
+
+
+def _attend_tokens_on_gpu(q: Array, starts: Array, caches: Sequence[tuple[Array, ...]]) -> list[Array]:
     return [flash.attend_flash_cached(q, *arrays[:2], starts, *arrays[2:]) for arrays in caches]
+
+
+def _attend_tokens_on_tpu(q: Array, starts: Array, caches: Sequence[tuple[Array, ...]]) -> list[Array]:
+    return [ragged_chunk.attend_ragged_chunk(q, *arrays[:2], starts, *arrays[2:]) for arrays in caches]
 
 
 def _attend_tokens_plainly(q: Array, starts: Array, caches: Sequence[tuple[Array, ...]]) -> list[Array]:

@@ -36,8 +36,6 @@ from llama_jax.config import PRESETS, ModelConfig
 from llama_jax.generation import programs
 from llama_jax.generation.request import Row, to_controls
 from llama_jax.model import grow_cache, hidden_states, logits, round_cache
-from llama_jax.model.fused import is_fused
-from llama_jax.ops.kernels import Kernels
 
 CONTEXT, SLOTS, STEPS, CALLS = 512, 1024, 32, 6
 SEVEN = PRESETS[os.environ.get("MODEL", "llama2_7b")]
@@ -107,6 +105,8 @@ def prefill(length: str, kernels: str = "found") -> dict[str, Any]:
 
 
 def equal() -> dict[str, Any]:
+    from llama_jax.model.fused import is_fused
+
     cfg, found = dataclasses.replace(SEVEN, num_layers=2), {}
     tokens = jax.random.randint(jax.random.key(1), (1, 70), 0, cfg.vocab_size)
     positions = jnp.arange(70)[None]
@@ -142,7 +142,7 @@ def equal() -> dict[str, Any]:
     whole = jax.random.randint(jax.random.key(2), (1, 2048), 0, cfg.vocab_size)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def last(kernels: Kernels, params: Any) -> jax.Array:
+    def last(kernels: bool | str, params: Any) -> jax.Array:
         x, _ = hidden_states(cfg, params, whole, jnp.arange(2048)[None], kernels=kernels)
         return logits(cfg, params, x[:, -1:])[0, 0]
 

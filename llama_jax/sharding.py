@@ -172,6 +172,12 @@ def mesh_axis_size(name: str) -> int:
     return 1 if mesh.empty else mesh.shape[name]
 
 
+def num_parts(name: str) -> int:
+    """Into how many parts the mesh that the program is traced for cuts a logical axis."""
+    axes = RULES[name]
+    return 1 if axes is None else math.prod(map(mesh_axis_size, (axes,) if isinstance(axes, str) else axes))
+
+
 def _fitted(spec: PartitionSpec, names: Sequence[str | None], shape: Sequence[int], tensor: int) -> PartitionSpec:
     """Key/value heads fewer than devices, and sequences too short, are whole on each; all else was checked with the mesh."""
     assert len(names) == len(shape), (names, shape)

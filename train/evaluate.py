@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.generation.layout import laid_out
 from llama_jax.generation.llama import Llama
 from llama_jax.generation.request import Settings
 from llama_jax.model import Params, merge_adapter, unstack_layers
@@ -35,12 +36,13 @@ class Evaluator:
     def _samples(self, state: TrainState) -> list[dict[str, str]]:
         """Greedy continuations, or answers where records are conversations."""
         run = self._run
+        mesh = run.mesh if run.mesh.size > 1 else None
         model = Llama(
             run.cfg,
-            self._served(state),
+            laid_out(self._served(state), mesh),
             run.tokenizer,
             chat_format=run.chat_format,
-            mesh=run.mesh if run.mesh.size > 1 else None,
+            mesh=mesh,
             batch_size=len(self._prompts),
         )
         settings = Settings(temperature=0, max_new_tokens=run.recipe.eval.max_new_tokens)

@@ -37,7 +37,7 @@ def laid_out(params: Params, mesh: Mesh | None) -> Params:
 def is_fused_on(platform: str, params: Params, mesh: Mesh | None) -> bool:
     """Whether a platform's generation takes such weights (or their shapes) fused: on a GPU, where XLA would join some products
     by itself and copy their weights to do so at each call; not in float32, in which speed is not what is asked for."""
-    return platform == "gpu" and params["embedding"].dtype != np.float32 and can_fuse(params, mesh)
+    return platform == "gpu" and params["embedding"].dtype != np.float32 and can_fuse(params["layers"][0], mesh)
 
 
 def _platform(params: Params) -> str:

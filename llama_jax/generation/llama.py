@@ -39,8 +39,8 @@ class Llama:
 
     Attributes:
         config: what the model computes.
-        params: its weights, a tree of arrays (llama_jax.model); of a model loaded onto GPUs with fused layers (model.fused),
-            unless in float32.
+        params: its weights, a tree of arrays (llama_jax.model). On a GPU `load` fuses its layers, unless in float32; those that
+            are not (llama_jax.generation.layout.laid_out) generate more slowly there.
         tokenizer: None when the checkpoint has none; prompts are then token ids.
         chat_format: "" for a base model.
         max_length: tokens of prompt and answer together.

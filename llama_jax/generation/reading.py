@@ -16,6 +16,7 @@ from llama_jax.model import KVCache, Params
 from llama_jax.ops.kernels import Kernels
 
 MIN_PROMPT_BUCKET = 16
+SLOT_MULTIPLE = 128  # of a cache, as kernels cut it
 PREFILL_CHUNK = 4096  # tokens of each prompt that are read at once: what bounds the memory of reading a long one
 
 
@@ -43,7 +44,7 @@ class Reader:
         kernels: which of the platform's kernels programs may use (llama_jax.ops.kernels.probe.choose_kernels).
         cache_dtype: of keys and values, one of llama_jax.choices.CACHE_DTYPES.
         chunk: tokens of each prompt that are read at once.
-        most_slots: of a cache that holds max_length tokens.
+        most_slots: of a cache that holds max_length tokens, and what kernels fill up.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class Reader:
         self.kernels = kernels
         self.chunk = PREFILL_CHUNK
         self.cache_dtype = cache_dtype
-        self.most_slots = max_length + slack
+        slots = max_length + slack
+        self.most_slots = slots if slots < SLOT_MULTIPLE else -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
     def prefix(self, tokens: Sequence[int]) -> Prefix:
         """Reads tokens, for rows that begin with them."""

@@ -96,7 +96,7 @@ def speculate(
             num_draft + 1 in others. No row has a penalty or a bias.
         halt: [B] bool, rows that the host has ended.
         n: scalar, at most steps_of(num_draft).
-        kernels: whether attention of the smaller model may use the platform's kernels.
+        kernels: whether attention may use the platform's kernels.
 
     Returns:
         The state, and the tokens of every row in the first of so many columns; -1 after them.
@@ -120,7 +120,7 @@ def speculate(
         else:
             guesses, draft_cache = _guess(draft_cfg, draft_params, state, num_draft, kernels)
             state = dataclasses.replace(state, draft_cache=draft_cache)
-        state, output, count = _check(cfg, params, state, guesses, num_top)
+        state, output, count = _check(cfg, params, state, guesses, num_top, kernels)
         outputs = jax.tree.map(lambda all, new: _put(all, new, made, count), outputs, output)
         return step + 1, _place(state), made + count, by_rows(outputs)
 
@@ -183,14 +183,15 @@ def _guess(
 
 
 def _check(
-    cfg: ModelConfig, params: Params, state: SpeculativeState, guesses: Array, num_top: int
+    cfg: ModelConfig, params: Params, state: SpeculativeState, guesses: Array, num_top: int, kernels: Kernels
 ) -> tuple[SpeculativeState, Output, Array]:
     """The tokens that plain decoding makes as far as guesses agree, and the one after: [B, K + 1], of each row so many."""
     target = state.target
     controls, B, K = target.controls, guesses.shape[0], guesses.shape[1]
     tokens = jnp.concatenate([target.last_token[:, None], guesses], axis=1)
     offsets = jnp.arange(K + 1)
-    x, cache = hidden_states(cfg, params, tokens, target.lengths[:, None] + offsets, target.cache, controls.rope_length)
+    positions = target.lengths[:, None] + offsets
+    x, cache = hidden_states(cfg, params, tokens, positions, target.cache, controls.rope_length, kernels=kernels)
     raw = constrain(logits(cfg, params, x), "batch", None, None)[..., : cfg.vocab_size]
 
     each = jax.tree.map(lambda a: jnp.repeat(a, K + 1, axis=0), (controls.seed, controls.sampling))

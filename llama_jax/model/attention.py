@@ -19,8 +19,8 @@ def attend_and_write(
         q: [B, T, N, H]; k, v: [B, T, K, H]; not rotated.
         cos, sin: [B, T, H/2], of these positions.
         positions: [B, T], consecutive in each row.
-        kernels: by the kernels of the platform this is compiled for, where it has some for the shape: single tokens,
-            not float32.
+        kernels: by the kernels of the platform this is compiled for, where it has some for the shape: of single tokens here, of
+            many in attend_cached; not float32.
 
     Returns:
         [B, T, N, H], and the cache.

@@ -44,9 +44,11 @@ def is_fused(layer: Mapping[str, Any]) -> bool:
     return "qkv_proj" in layer
 
 
-def can_fuse(params: Params, mesh: Mesh | None) -> bool:
-    """Whether every device has key/value heads of its own, with their query heads beside them."""
-    k = params["layers"][0]["k_proj"]
+def can_fuse(layer: Params, mesh: Mesh | None) -> bool:
+    """Whether it is not, and every device has key/value heads of its own, with their query heads beside them."""
+    if is_fused(layer):
+        return False
+    k = layer["k_proj"]
     return mesh is None or (k.value if isinstance(k, QArray) else k).shape[0] % mesh.shape["tensor"] == 0
 
 

@@ -27,7 +27,10 @@ def supports_layer(layer: Params, x: Array, cache: LayerCache | None) -> bool:
     if cache is None or not is_fused(layer) or not _is_one_row(x) or not multiplies_cache(x, cache.k) or cache.k.shape[0] != 1:
         return False
     slots, width = cache.k.shape[2:]
-    return supports_cache(slots, width) and all(supports_weight(weight, x.dtype) for weight in _matrices(layer))
+    gated = (name == "gate_up_proj" for name in PRODUCTS)
+    return supports_cache(slots, width) and all(
+        supports_weight(weight, x.dtype, gated=gate) for weight, gate in zip(_matrices(layer), gated, strict=True)
+    )
 
 
 def supports_head(cfg: ModelConfig, head: Array | QArray, x: Array) -> bool:

@@ -30,7 +30,7 @@ def attend_causal(q: Array, k: Array, v: Array, segment_ids: Array | None = None
             full, and CPUs: scores are in memory, of blocks of queries with the keys that one of them may see.
 
     Returns:
-        [B, T, N, H] in v's dtype.
+        [B, T, N, H] in q's dtype, which is k's and v's.
     """
 
     def plain(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
@@ -98,14 +98,14 @@ def attend_cached(q: Array, k: Array | QVectors, v: Array | QVectors, positions:
         return ragged.attend_ragged(q[:, 0], k, v, jnp.minimum(positions[:, 0] + 1, S), *scales)[:, None]
 
     def many_on_tpu(q: Array, positions: Array, k: Array, v: Array, *scales: Array) -> Array:
-        return ragged_chunk.attend_ragged_chunk(q, k, v, positions[:, 0], *scales)
+        return ragged_chunk.attend_ragged_chunk(q, k, v, jnp.minimum(positions[:, 0], S - T), *scales)
 
     def many_on_gpu(q: Array, positions: Array, k: Array, v: Array, *scales: Array) -> Array:
-        return flash.attend_flash_cached(q, k, v, positions[:, 0], *scales)
+        return flash.attend_flash_cached(q, k, v, jnp.minimum(positions[:, 0], S - T), *scales)
 
     inputs = (q, positions, *cache_arrays(k, v))
     usable = {"tpu": one_on_tpu} if T == 1 and ragged.supports(S, H) else {}
-    usable |= {"tpu": many_on_tpu} if ragged_chunk.supports(T, S, H) else {}
+    usable |= {"tpu": many_on_tpu} if ragged_chunk.supports(T, S, H, N // k.shape[1]) else {}
     usable |= {"cuda": many_on_gpu} if flash.supports_cached(T, S, H) else {}
     if not kernels or not usable or not multiplies_cache(q, k):
         return plain(*inputs)
@@ -116,8 +116,9 @@ def attend_cached(q: Array, k: Array | QVectors, v: Array | QVectors, positions:
 
 
 def multiplies_cache(q: Array, k: Array | QVectors) -> bool:
-    """Whether kernels multiply such queries with such a cache: of their dtype, which is not float32, or int8."""
-    return q.dtype != jnp.float32 and (isinstance(k, QVectors) or q.dtype == k.dtype)
+    """Whether kernels multiply such queries with such a cache: of their dtype, which is not float32; or int8 with bfloat16,
+    float16 holding no probability times a small scale."""
+    return q.dtype == jnp.bfloat16 if isinstance(k, QVectors) else q.dtype == k.dtype != jnp.float32
 
 
 def cache_arrays(k: Array | QVectors, v: Array | QVectors) -> tuple[Array, ...]:

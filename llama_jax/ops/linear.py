@@ -13,7 +13,16 @@ from jax.typing import DTypeLike
 
 from llama_jax.cpu_features import has_amx
 from llama_jax.ops.qarray import QArray, W8A8Array, dequantize, quantize
-from llama_jax.sharding import RULES, constrain, fsdp_is_wide, is_partitioned, mesh_axis_size, per_device, sum_and_scatter
+from llama_jax.sharding import (
+    RULES,
+    constrain,
+    fsdp_is_wide,
+    is_partitioned,
+    mesh_axis_size,
+    num_parts,
+    per_device,
+    sum_and_scatter,
+)
 
 # Logical axes by the letters of einsum equations: what a weight's or an activation's axes are is written once, there.
 WEIGHT_AXES = {
@@ -26,9 +35,9 @@ RESIDUAL_AXES = ACTIVATION_AXES | {"T": "residual_length"}  # of "BTD": what nor
 
 
 FEW_ROWS = 8  # up to here a weight whose scales belong to groups of inputs is multiplied group by group
-MANY_ROWS = (
-    1024  # from here on a GPU's product leaves its float32 sums rounded; with fewer rows XLA may divide sums among kernels
-)
+# From so many numbers of a result on a GPU's product rounds its float32 sums itself: they are then tiles enough for all of its
+# processors, where XLA would divide the sums of fewer among several, and add these rounded.
+MANY_RESULTS = 2**22
 
 
 def project(equation: str, x: Array, weight: Array | QArray, dtype: DTypeLike | None = None) -> Array:
@@ -60,7 +69,7 @@ def project_each(
     values = tuple(_float_value(equation, weight, x.dtype) for equation, weight in zip(equations, weights, strict=True))
     scales = [weight.scale[..., 0] if isinstance(weight, QArray) and not weight.has_groups else None for weight in weights]
     result = jnp.dtype(dtype or x.dtype)
-    sums = _products(equations, result if scales == [None] * len(scales) else jnp.dtype(jnp.float32), x, values)
+    sums = _products(equations, result if all(scale is None for scale in scales) else jnp.dtype(jnp.float32), x, values)
     return tuple((y if scale is None else y * scale).astype(result) for y, scale in zip(sums, scales, strict=True))
 
 
@@ -91,10 +100,11 @@ def _by_itself(equation: str, x: Array, weight: Array | QArray) -> Array:
         sums = _multiplied(equation, rows.value, value).astype(jnp.float32)
         y = sums * rows.scale.reshape(B, T, *[1] * len(outputs)) * weight.scale[..., 0]
     else:
-        groups = weight.scale.shape[-1]
-        scale = weight.scale.reshape(-1, 1, groups).T.astype(jnp.float32)  # [G, 1, O]
-        parts = _einsum("MGI,OGI->GMO", x.reshape(B * T, groups, -1), value.reshape(scale.shape[2], groups, -1).astype(x.dtype))
-        y = jnp.sum(parts * scale, axis=0).reshape(B, T, *outputs)
+        groups, letters_o = weight.scale.shape[-1], letters_w[: len(outputs)]
+        scale = jnp.moveaxis(weight.scale, -1, 0)[:, None].astype(jnp.float32)  # [G, 1, outputs]
+        parts, value = x.reshape(B * T, groups, -1), value.reshape(*outputs, groups, -1).astype(x.dtype)
+        sums = _einsum(f"MGI,{letters_o}GI->GM{letters_o}", parts, value)
+        y = jnp.sum(sums * scale, axis=0).reshape(B, T, *outputs)
     return _constrain_activation(y, letters_y)
 
 
@@ -173,11 +183,14 @@ def _products(equations: tuple[str, ...], dtype: DTypeLike, x: Array, weights: t
 
 def _each(equations, dtype, x, weights, multiply):
     x = constrain(x, *_axes(ACTIVATION_AXES, _letters(equations[0])[0]))
-    if dtype == x.dtype and _has_many_rows(x):
-        multiply = functools.partial(_rounded_matmul, dtype=dtype)
-    sums = (
-        multiply(equation, x, _gathered(equation, weight, x.dtype)) for equation, weight in zip(equations, weights, strict=True)
-    )
+
+    def run(equation: str, weight: Array) -> Array:
+        weight = _gathered(equation, weight, x.dtype)
+        if dtype == x.dtype and _is_rounded_at_once(equation, x, weight):
+            return _rounded_matmul(equation, x, weight, dtype)
+        return multiply(equation, x, weight)
+
+    sums = map(run, equations, weights)
     return tuple(_constrain_activation(y, _letters(equation)[2]) for equation, y in zip(equations, sums, strict=True))
 
 
@@ -189,19 +202,27 @@ def _products_backward(equations, dtype, saved, cotangents):
     x, weights = saved
     letters_x = _letters(equations[0])[0]
     whole_x = constrain(x, *_axes(ACTIVATION_AXES, letters_x))
-    is_rounded = len(weights) == 1 and _has_many_rows(x)  # several are added first
-    multiply = functools.partial(_rounded_matmul, dtype=x.dtype) if is_rounded else matmul
     dxs, dweights = [], []
     for equation, weight, cotangent in zip(equations, weights, cotangents, strict=True):
         _, letters_w, letters_y = _letters(equation)
         cotangent = constrain(cotangent.astype(x.dtype), *_axes(ACTIVATION_AXES, letters_y))
-        dxs.append(multiply(f"{letters_y},{letters_w}->{letters_x}", cotangent, _gathered(equation, weight, x.dtype)))
+        operands = f"{letters_y},{letters_w}->{letters_x}", cotangent, _gathered(equation, weight, x.dtype)
+        if len(weights) == 1 and _is_rounded_at_once(*operands):  # several are added first
+            dxs.append(_rounded_matmul(*operands, x.dtype))
+        else:
+            dxs.append(matmul(*operands))
         dweights.append(_weight_gradient(equation, whole_x, cotangent).astype(weight.dtype))
     return _constrain_activation(sum(dxs), letters_x).astype(x.dtype), tuple(dweights)
 
 
-def _has_many_rows(x: Array) -> bool:
-    return x.shape[0] * x.shape[1] >= MANY_ROWS
+def _is_rounded_at_once(equation: str, x: Array, weight: Array) -> bool:
+    """Whether a device has many of the product's results, and all that is summed for them: parts of sums that several devices
+    add are float32."""
+    letters_x, letters_w, letters_y = _letters(equation)
+    sizes = dict(zip(letters_x + letters_w, x.shape + weight.shape, strict=True))
+    if any(num_parts(ACTIVATION_AXES[letter]) > 1 for letter in letters_w if letter in letters_x):
+        return False
+    return math.prod(sizes[letter] // num_parts(ACTIVATION_AXES[letter]) for letter in letters_y) >= MANY_RESULTS
 
 
 def _weight_gradient(equation: str, x: Array, cotangent: Array) -> Array:

@@ -58,7 +58,7 @@ def test_a_kernel_computes_what_a_cpu_computes(elsewhere, name):
 
 
 @pytest.mark.parametrize("in_int8", [False, True])
-@pytest.mark.parametrize("name", [None, "1x1x8", "2x2x2"])
+@pytest.mark.parametrize("name", [None, "2x2x2"])
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_tokens_that_follow_others_are_attended_to_by_a_kernel(monkeypatch, platform, name, in_int8):
     """Rows of 128 tokens that begin at different places."""

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from llama_jax.model import grow_cache, hidden_states, logits, param_axes, param_shapes, quantize_axes, quantize_params
-from llama_jax.model.fused import can_fuse, fuse_layer, fused_axes
-from tests.make_mesh import MESHES, mesh_of, on, place
+from llama_jax.model.fused import AXES, can_fuse, fuse_layer, fused_axes
+from llama_jax.ops.linear import project
+from llama_jax.ops.qarray import QArray, quantize
+from llama_jax.sharding import sharding
+from tests.make_mesh import mesh_of, on, place
 from tests.model.make import CONFIGS, SMALL, params_of, tokens_of
 
 EIGHT = dataclasses.replace(SMALL, num_heads=16, num_kv_heads=8)
@@ -67,15 +70,15 @@ def test_axes_are_those_of_the_arrays(method):
     assert sum(x.size for x in jax.tree.leaves(fused_shapes)) == sum(x.size for x in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("method", ["", "int8"])
-@pytest.mark.parametrize("name", MESHES)
-def test_every_mesh_keeps_the_parts_where_they_were(name, method):
+@pytest.mark.parametrize("method", ["", "int8", "int4"])
+@pytest.mark.parametrize("name", ["1x1x8", "2x2x2"])
+def test_a_mesh_keeps_the_parts_where_they_were(name, method):
     """Fused by the devices that hold them, cut along the same axes; and what they then compute is the same."""
     params, tokens, mesh = params_of(EIGHT), tokens_of(EIGHT, 8, 9), mesh_of(name)
     params = quantize_params(params, method) if method else params
     alone = answer(EIGHT, params, tokens)
     placed = place(EIGHT, params, mesh)
-    assert can_fuse(placed, mesh)
+    assert can_fuse(placed["layers"][0], mesh)
     with on(mesh):
         layers = [jax.jit(fuse_layer)(layer) for layer in placed["layers"]]
         together = answer(EIGHT, {**placed, "layers": layers}, tokens)
@@ -85,6 +88,22 @@ def test_every_mesh_keeps_the_parts_where_they_were(name, method):
     np.testing.assert_allclose(together[..., : EIGHT.vocab_size], alone[..., : EIGHT.vocab_size], rtol=0, atol=5e-5)
 
 
+def test_devices_that_share_a_weight_with_scales_of_groups_gather_none_of_it_for_a_token():
+    """Gate and up, whose first axis is not the one that is divided."""
+    mesh, weight = mesh_of("1x1x8"), quantize(jnp.ones((2, 128, 256), jnp.float16), 1, "int4")
+    axes = QArray(AXES["gate_up_proj"], (*AXES["gate_up_proj"][:-1], "group"))
+    weight = jax.tree.map(lambda x, names: jax.device_put(x, sharding(mesh, names, x.shape)), weight, axes)
+    with on(mesh):
+        program = jax.jit(lambda x, w: project("BTD,CFD->BTCF", x, w))
+        text = program.lower(jnp.ones((1, 2, 256), jnp.float16), weight).compile().as_text()
+    assert "all-gather" not in text
+
+
 def test_heads_that_several_devices_copy_are_left_apart():
     cfg = dataclasses.replace(SMALL, num_heads=8, num_kv_heads=2)
-    assert can_fuse(param_shapes(cfg), None) and not can_fuse(param_shapes(cfg), mesh_of("1x1x8"))
+    layer = param_shapes(cfg)["layers"][0]
+    assert can_fuse(layer, None) and not can_fuse(layer, mesh_of("1x1x8"))
+
+
+def test_fused_layers_are_not_fused_again():
+    assert not can_fuse(jax.eval_shape(fuse_layer, param_shapes(SMALL)["layers"][0]), None)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.ops.attention import attend, attend_causal
+from llama_jax.ops.attention import attend, attend_causal, multiplies_cache
 from llama_jax.ops.kernels import flash, splash
 from llama_jax.ops.qarray import QVectors, quantize_vectors
 from llama_jax.reference.llama import attention as reference
@@ -297,3 +297,11 @@ def test_a_kernel_for_another_platform_costs_no_memory_here(monkeypatch):
         assert kernel.supports(*x.shape[1::2])
         monkeypatch.setattr(kernel, "supports", lambda *_: False)
     assert chosen <= temporary_bytes()
+
+
+def test_kernels_multiply_no_int8_cache_in_float16():
+    """A probability times a small scale is nothing in float16."""
+    q, cache = jnp.ones((1, 1, 2, 64)), quantize_vectors(jnp.ones((1, 2, 128, 64)))
+    assert multiplies_cache(q.astype(jnp.bfloat16), cache) and not multiplies_cache(q.astype(jnp.float16), cache)
+    assert multiplies_cache(q.astype(jnp.float16), cache.value.astype(jnp.float16))
+    assert not multiplies_cache(q, cache) and not multiplies_cache(q, cache.value.astype(jnp.float32))

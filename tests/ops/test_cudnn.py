@@ -44,14 +44,9 @@ def test_it_is_attention_of_whole_sequences(asked, width):
 
 
 @pytest.mark.parametrize(
-    ("kernels", "length", "dtype", "segments"),
-    [
-        (False, T, "bfloat16", False),
-        ("cudnn", T, "float32", False),
-        ("cudnn", T - 1, "bfloat16", False),
-    ],
+    ("kernels", "length", "dtype"), [(False, T, "bfloat16"), ("cudnn", T, "float32"), ("cudnn", T - 1, "bfloat16")]
 )
-def test_what_it_does_not_take_is_attended_to_without_it(asked, kernels, length, dtype, segments):
+def test_what_it_does_not_take_is_attended_to_without_it(asked, kernels, length, dtype):
     q, k, v = (x[:, :length] for x in draw(N, K, K, dtype=dtype))
     attend_causal(q, k, v, kernels=kernels)
     assert asked == []

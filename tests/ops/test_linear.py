@@ -1,5 +1,6 @@
 """Products with weights: what they are summed in, and what they come out as; their gradients; int8; lookups."""
 
+import functools
 import re
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.ops.linear import MANY_ROWS, lookup, project, project_each
+from llama_jax.ops import linear
+from llama_jax.ops.linear import lookup, project, project_each
 from llama_jax.ops.qarray import QArray, quantize
 from tests.make_mesh import MESHES, mesh_of, on, products, without_rematerialisation
 
@@ -129,42 +131,74 @@ def test_every_product_of_bfloat16_activations_is_of_bfloat16_and_gives_float32(
     assert products(gradient, x, weight) == [(bf16, bf16, f32)] * 6  # each as a CPU does it, and as others do
 
 
+def lowered_results(f, platform: str, *shapes) -> list[str]:
+    """Dtypes that products come out in, of bfloat16 arguments."""
+    args = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return re.findall(r"stablehlo\.dot_general.*-> tensor<[\dx]+x(\w+)>", text)
+
+
+def forward(x, *weights):
+    return project_each(("BTD,FD->BTF",) * len(weights), x, weights)
+
+
+def backward(x, *weights):
+    return jax.grad(lambda x, w: sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in forward(x, *w)), (0, 1))(x, weights)
+
+
+X, WEIGHT = (2, 512, 4096), (4096, 4096)  # 2**22 results
+
+
 @pytest.mark.parametrize(("platform", "result"), [("cuda", "bf16"), ("tpu", "f32"), ("cpu", "f32")])
-def test_products_of_many_rows_come_out_rounded_on_a_gpu(platform, result):
-    """Of one weight; a gradient that is a sum of products, or a weight's own, is summed in float32, and so are few rows."""
-
-    def results(f, *shapes) -> list[str]:
-        args = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
-        text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-        return re.findall(r"stablehlo\.dot_general.*-> tensor<[\dx]+x(\w+)>", text)
-
-    def forward(x, *weights):
-        return project_each(("BTD,FD->BTF",) * len(weights), x, weights)
-
-    def gradients(x, *weights):
-        return jax.grad(lambda x, w: sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in forward(x, *w)), (0, 1))(x, weights)
-
-    x, weight = (2, MANY_ROWS // 2, 48), (80, 48)
-    assert results(forward, x, weight) == [result]
-    assert results(lambda x, w: project("BTD,FD->BTF", x, w, jnp.float32), x, weight) == ["f32"]
-    assert results(gradients, x, weight) == [result, result, "f32"]
-    assert results(gradients, x, weight, weight) == [result] * 2 + ["f32"] * 4
-    assert results(forward, (2, MANY_ROWS // 2 - 1, 48), weight) == ["f32"]
+def test_many_results_come_out_rounded_on_a_gpu(platform, result):
+    """Of one weight; a gradient that is a sum of products, or a weight's own, is summed in float32, and so are few results."""
+    wide = functools.partial(project, "BTD,FD->BTF", dtype=jnp.float32)
+    assert lowered_results(forward, platform, X, WEIGHT) == [result]
+    assert lowered_results(lambda x, w: wide(x, w), platform, X, WEIGHT) == ["f32"]
+    assert lowered_results(backward, platform, X, WEIGHT) == [result, result, "f32"]
+    assert lowered_results(backward, platform, X, WEIGHT, WEIGHT) == [result] * 2 + ["f32"] * 4
+    assert lowered_results(forward, platform, (2, 511, 4096), WEIGHT) == ["f32"]
+    assert lowered_results(forward, platform, X, (4095, 4096)) == ["f32"]
 
 
-@pytest.mark.parametrize("rows", [MANY_ROWS, 2 * MANY_ROWS])
-def test_many_rows_are_the_same_numbers(rows):
+@pytest.mark.parametrize(
+    ("name", "equation", "x", "weight", "result"),
+    [
+        ("1x1x8", "BTD,FD->BTF", (8, 512, 64), (8192, 64), "bf16"),
+        ("1x1x8", "BTF,DF->BTD", (8, 512, 64), (8192, 64), "f32"),  # devices add what each has summed
+        ("8x1x1", "BTF,DF->BTD", (64, 512, 64), (1024, 64), "bf16"),
+        ("8x1x1", "BTD,FD->BTF", (8, 64, 64), (8192, 64), "f32"),  # 2**22 results, an eighth on each device
+        ("2x2x2", "BTD,FD->BTF", (8, 512, 64), (8192, 64), "bf16"),
+    ],
+)
+def test_what_a_device_has_decides(name, equation, x, weight, result):
+    with on(mesh_of(name)):
+        assert lowered_results(lambda x, w: project(equation, x, w), "cuda", x, weight) == [result]
+
+
+def test_a_gpu_s_rounded_products_are_the_same_numbers(monkeypatch):
+    """Rounded once, forward and backward; the branch that is compiled for GPUs, run on a CPU."""
+    choose, taken = jax.lax.platform_dependent, []
+
+    def on_a_gpu(*args, **branches):
+        taken.append("cuda" in branches)
+        return branches["cuda"](*args) if "cuda" in branches else choose(*args, **branches)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_a_gpu)
+    monkeypatch.setattr(linear, "MANY_RESULTS", 1)
     rng = np.random.default_rng(8)
-    x, w, dy = (rng.normal(size=shape).astype(ml_dtypes.bfloat16) for shape in ((1, rows, 48), (80, 48), (1, rows, 80)))
+    x, w, dy = (rng.normal(size=shape).astype(ml_dtypes.bfloat16) for shape in ((1, 64, 48), (80, 48), (1, 64, 80)))
 
     def total(x, w):
         return jnp.sum(project("BTD,FD->BTF", x, w).astype(jnp.float32) * dy)
 
     ours = jax.jit(project, static_argnums=0)("BTD,FD->BTF", x, w)
     wanted = np.einsum("BTD,FD->BTF", *(a.astype(np.float64) for a in (x, w)))
-    np.testing.assert_allclose(ours.astype(jnp.float32), wanted, rtol=1.001 * 2**-8, atol=1e-6)  # rounded once
+    assert sum(taken) == 1
+    np.testing.assert_allclose(ours.astype(jnp.float32), wanted, rtol=1.001 * 2**-8, atol=1e-6)
     for ours, wanted in zip(jax.jit(jax.grad(total, (0, 1)))(x, w), float64_gradients("BTD,FD->BTF", x, w, dy), strict=True):
-        np.testing.assert_allclose(ours.astype(np.float32), wanted, rtol=2**-8, atol=1e-4)
+        np.testing.assert_allclose(ours.astype(np.float32), wanted, rtol=1.001 * 2**-8, atol=1e-5)
+    assert sum(taken) == 3  # and one of the gradients
 
 
 def test_products_of_one_x_are_those_of_each():

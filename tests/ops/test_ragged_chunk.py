@@ -15,7 +15,7 @@ from llama_jax.ops.kernels import ragged_chunk
 from llama_jax.ops.kernels.ragged_chunk import attend_ragged_chunk, blocks, supports
 from llama_jax.ops.qarray import quantize_vectors
 
-H, S = 128, 512
+H, S = 128, 1024
 
 
 def check(T: int, group: int, starts, *, dtype=np.float32, in_int8=False, K: int = 2, atol: float = 1e-5) -> None:
@@ -37,10 +37,10 @@ def check(T: int, group: int, starts, *, dtype=np.float32, in_int8=False, K: int
 
 
 @pytest.mark.parametrize("in_int8", [False, True])
-@pytest.mark.parametrize(("T", "group"), [(128, 1), (256, 4), (128, 8)])
+@pytest.mark.parametrize(("T", "group"), [(128, 1), (640, 2), (256, 8)])
 def test_tokens_see_what_is_before_them(T, group, in_int8):
     """Rows that start at, before and after the edge of a block."""
-    check(T, group, [0, 127, 128, S - T], in_int8=in_int8)
+    check(T, group, [0, 127, 384, S - T], in_int8=in_int8)
 
 
 @given(st.lists(st.integers(0, S - 128), min_size=1, max_size=3))
@@ -73,8 +73,10 @@ def test_bfloat16_is_taken_and_given_back():
 def test_what_is_on_the_chip_at_once_is_bounded(shape, wanted):
     assert blocks(*shape) == wanted
     assert shape[2] * wanted[0] * wanted[1] <= ragged_chunk.MOST_SCORES
+    assert wanted[0] == 128 or shape[2] * wanted[0] <= ragged_chunk.MOST_ROWS
 
 
 def test_it_takes_whole_blocks_only():
-    assert supports(128, 256, 128) and supports(4096, 16384, 256)
-    assert not supports(64, 256, 128) and not supports(128, 200, 128) and not supports(128, 256, 64)
+    assert supports(128, 256, 128, 1) and supports(4096, 16384, 256, 8) and supports(4096, 16384, 128, 16)
+    assert not supports(64, 256, 128, 1) and not supports(128, 200, 128, 1) and not supports(128, 256, 64, 1)
+    assert not supports(128, 256, 128, 32)  # there is no room on the chip

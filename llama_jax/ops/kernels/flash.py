@@ -153,22 +153,24 @@ def attend_flash_cached(
         interpret: run it in JAX operations (for tests on a CPU).
     """
     scales = () if k_scale is None else (k_scale, v_scale)
-    return _attend_forward_kernel(q, k, v, (starts.astype(jnp.int32), *scales), tile, interpret, cached=True)[0]
+    (out,) = _call_forward(q, k, v, (starts.astype(jnp.int32), *scales), tile, interpret, cached=True)
+    return out
 
 
 @_once_per_shape
 def _forward(q: Array, k: Array, v: Array, spans: Spans | None, tile: Tile, interpret: bool) -> tuple[Array, Array]:
     """Returns out [B, T, N, H] and, of every query's scores in base 2, the logarithm of their exponentials' sum [B, N, T]."""
     more = () if spans is None else (spans.ids, spans.first_forward)
-    return _attend_forward_kernel(q, k, v, more, tile, interpret, cached=False)
+    return _call_forward(q, k, v, more, tile, interpret, cached=False)
 
 
-def _attend_forward_kernel(
+def _call_forward(
     q: Array, k: Array, v: Array, more: tuple[Array, ...], tile: Tile, interpret: bool, *, cached: bool
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
+    """Of a cache [B, K, S, H], with `more` its rows' starts and its scales, without the logarithms; or of k and v as q is."""
     B, T, N, H = q.shape
     K, S = k.shape[1:3] if cached else k.shape[2:0:-1]
-    count, group = T // tile.queries, N // K
+    count, group, outputs = T // tile.queries, N // K, 1 if cached else 2
 
     def rows(i: Any, b: Any, n: Any) -> tuple:
         return b, count - 1 - i, n, 0  # the longest first
@@ -182,7 +184,7 @@ def _attend_forward_kernel(
         scale = pl.BlockSpec((None, None, S), lambda i, b, n: of_head(i, b, n)[:3])
         specs = [pl.BlockSpec((None,), lambda i, b, n: (b,)), scale, scale][: len(more)]
     else:
-        specs = [pl.BlockSpec((None, x.shape[1]), lambda i, b, n: (b, 0)) for x in more]
+        specs = _span_specs(*more)
     return _call(
         functools.partial(_forward_kernel, tile=tile, cached=cached),
         grid=(count, B, N),
@@ -190,8 +192,8 @@ def _attend_forward_kernel(
         out_specs=[
             pl.BlockSpec((None, tile.queries, None, H), rows),
             pl.BlockSpec((None, None, tile.queries), lambda i, b, n: (b, n, count - 1 - i)),
-        ],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        ][:outputs],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)][:outputs],
         name="flash_attention_cached" if cached else "flash_attention",
         tile=tile,
         interpret=interpret,
@@ -199,7 +201,7 @@ def _attend_forward_kernel(
 
 
 def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, tile: Tile, cached: bool) -> None:
-    *more, out_ref, log_sums_ref = refs
+    more, (out_ref, *log_sums_refs) = (refs[:-1], refs[-1:]) if cached else (refs[:-2], refs[-2:])
     i = pl.num_programs(0) - 1 - pl.program_id(0)
     q, scale = q_ref[...], _scale(q_ref)
     look = _Look(i, tile, start=more[0][...]) if cached else _Look(i, tile, *more)
@@ -226,7 +228,8 @@ def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, tile: Tile, 
     )
     out, highest, total = look.over_keys(visit, empty)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
-    log_sums_ref[...] = highest + jnp.log2(total)
+    for log_sums_ref in log_sums_refs:
+        log_sums_ref[...] = highest + jnp.log2(total)
 
 
 @_once_per_shape
@@ -246,16 +249,17 @@ def _d_queries(
     rows = pl.BlockSpec((None, tile.queries, None, H), lambda i, b, n: (b, count - 1 - i, n, 0))
     sums = pl.BlockSpec((None, None, tile.queries), lambda i, b, n: (b, n, count - 1 - i))
     keys = pl.BlockSpec((None, T, None, H), lambda i, b, n: (b, 0, jax.lax.div(n, group), 0))
+    more = () if spans is None else (spans.ids, spans.first_dq)
     return _call(
         functools.partial(_d_queries_kernel, tile=tile),
         grid=(count, B, N),
-        in_specs=[rows, keys, keys, rows, sums, sums, *_span_specs(spans, count, T)],
+        in_specs=[rows, keys, keys, rows, sums, sums, *_span_specs(*more)],
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         name="flash_attention_dq",
         tile=tile,
         interpret=interpret,
-    )(q, k, v, d_out, log_sums, products, *(() if spans is None else (spans.ids, spans.first_dq)))
+    )(q, k, v, d_out, log_sums, products, *more)
 
 
 def _d_queries_kernel(
@@ -294,16 +298,17 @@ def _d_keys_values(
     rows = pl.BlockSpec((None, T, N // K, H), lambda j, b, n: (b, 0, n, 0))
     sums = pl.BlockSpec((None, N // K, T), lambda j, b, n: (b, n, 0))
     keys = pl.BlockSpec((None, tile.keys, None, H), lambda j, b, n: (b, j, n, 0))
+    more = () if spans is None else (spans.ids, spans.end_dkv)
     return _call(
         functools.partial(_d_keys_values_kernel, tile=tile),
         grid=(count, B, K),
-        in_specs=[rows, keys, keys, rows, sums, sums, *_span_specs(spans, count, T)],
+        in_specs=[rows, keys, keys, rows, sums, sums, *_span_specs(*more)],
         out_specs=[keys, keys],
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         name="flash_attention_dkv",
         tile=tile,
         interpret=interpret,
-    )(q, k, v, d_out, log_sums, products, *(() if spans is None else (spans.ids, spans.end_dkv)))
+    )(q, k, v, d_out, log_sums, products, *more)
 
 
 def _d_keys_values_kernel(
@@ -377,11 +382,9 @@ class _Look:
         return scores
 
 
-def _span_specs(spans: Spans | None, count: int, length: int) -> list[pl.BlockSpec]:
-    """Of a row's segments and of its blocks' first or last."""
-    if spans is None:
-        return []
-    return [pl.BlockSpec((None, size), lambda i, b, n: (b, 0)) for size in (length, count)]
+def _span_specs(*arrays: Array) -> list[pl.BlockSpec]:
+    """Of a row's segments and of its blocks' first or last, where there are some."""
+    return [pl.BlockSpec((None, x.shape[1]), lambda i, b, n: (b, 0)) for x in arrays]
 
 
 def _scale(q_ref: Any) -> float:

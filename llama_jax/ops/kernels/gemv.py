@@ -74,10 +74,10 @@ class _Plan:
         return jnp.issubdtype(self.weight_dtype, jnp.integer)
 
 
-def supports(weight: Array | QArray, dtype: DTypeLike) -> bool:
-    """Whether `multiply_row` takes a row of a dtype and this weight [O, I], gated or not."""
+def supports(weight: Array | QArray, dtype: DTypeLike, *, gated: bool = False) -> bool:
+    """Whether `multiply_row` takes a row of a dtype and this weight [O, I]."""
     value = _value(weight)
-    return _is_readable(weight, dtype) and value.shape[0] % (2 * _tile(value).height) == 0
+    return _is_readable(weight, dtype) and value.shape[0] % ((1 + gated) * _tile(value).height) == 0
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "gated", "dtype", "tile", "interpret"))  # layers share a trace

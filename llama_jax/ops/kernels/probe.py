@@ -21,7 +21,7 @@ from llama_jax.ops.rope import rotate
 ATTENTION = ("auto", "kernel", "plain")
 LENGTH, HEADS, KV_HEADS = 256, 4, 2
 FILLED, SLOTS = (700, 130), 1024  # of the rows of a cache: two of the kernel's blocks, and one
-STARTS, TOKENS = (100, 0), 128  # of tokens that follow others in a cache of LENGTH slots
+STARTS, TOKENS = (300, 0), 640  # of tokens that follow others in a cache: five blocks of queries, and two of slots
 ROWS, INPUTS, EPS = 128, 384, 1e-5  # of weights that a row is multiplied with
 LARGEST_ERROR = 0.02  # of a result's largest value; bfloat16 rounds to 0.004 of a number
 
@@ -128,7 +128,7 @@ def tpu_cases(draw: Callable[..., Array], head_dim: int) -> Iterator[Case]:
         caches = [cache_arrays(*cache), cache_arrays(*map(quantize_vectors, cache))]
         names = tuple(f"a token's out of a cache in {kind}" for kind in ("bfloat16", "int8"))
         yield Case(_attend_caches, _attend_caches_plainly, (q, np.array(FILLED, np.int32), caches), names)
-    if ragged_chunk.supports(TOKENS, LENGTH, head_dim):
+    if ragged_chunk.supports(TOKENS, SLOTS, head_dim, HEADS // KV_HEADS):
         yield _tokens_of_a_cache(_attend_tokens_on_tpu, draw, head_dim)
 
 
@@ -153,7 +153,7 @@ def _sequence(kernel: Callable, draw: Callable[..., Array], head_dim: int) -> Ca
 
 def _tokens_of_a_cache(kernel: Callable, draw: Callable[..., Array], head_dim: int) -> Case:
     """Of tokens that follow others, in a cache of floats and one of int8."""
-    shapes = (TOKENS, HEADS), (KV_HEADS, LENGTH), (KV_HEADS, LENGTH)
+    shapes = (TOKENS, HEADS), (KV_HEADS, SLOTS), (KV_HEADS, SLOTS)
     q, *cache = (draw(len(STARTS), *shape, head_dim) for shape in shapes)
     caches = [cache_arrays(*cache), cache_arrays(*map(quantize_vectors, cache))]
     names = tuple(f"tokens' out of a cache in {kind}" for kind in ("bfloat16", "int8"))

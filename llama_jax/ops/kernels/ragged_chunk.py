@@ -11,13 +11,16 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512  # of queries, and of slots; 128 are a TPU's lanes
-MOST_ROWS, MOST_SCORES = 1024, 2**19  # of queries times their heads; of a block, which is on the chip in float32
+MOST_ROWS = 1024  # of a block: queries times their heads, unless the fewest queries have more
+MOST_SCORES = 2**19  # of a block, on the chip in float32
+MOST_GROUP = 16  # query heads of a key/value head: with 32 libtpu 0.0.42 finds no room for 128 queries on a v5e
 LOWEST = -1e30  # that a query's highest score is taken to be; finite, so that a block of scores of -inf leaves no NaN
 
 
-def supports(length: int, slots: int, head_dim: int) -> bool:
-    """Whether so many queries of a row, and so many slots of heads of this width, can be cut into the kernel's blocks."""
-    return length % SMALLEST_BLOCK == 0 and slots % SMALLEST_BLOCK == 0 and head_dim % 128 == 0
+def supports(length: int, slots: int, head_dim: int, group: int) -> bool:
+    """Whether so many queries of a row, and so many slots of heads of this width, each of `group` query heads, can be cut into
+    the kernel's blocks."""
+    return length % SMALLEST_BLOCK == slots % SMALLEST_BLOCK == head_dim % 128 == 0 and group <= MOST_GROUP
 
 
 def blocks(length: int, slots: int, group: int) -> tuple[int, int]:

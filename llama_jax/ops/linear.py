@@ -136,7 +136,7 @@ def matmul(equation: str, a: Array, b: Array) -> Array:
 
 
 def _rounded_matmul(equation: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
-    """matmul of many rows, its sums rounded to a dtype: on a GPU by the product itself, after which float32 sums would be
+    """matmul of many results, its sums rounded to a dtype: on a GPU by the product itself, after which float32 sums would be
     written to memory and read again."""
     if dtype == jnp.float32:
         return matmul(equation, a, b)

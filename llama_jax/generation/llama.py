@@ -46,6 +46,9 @@ class Llama:
         max_length: tokens of prompt and answer together.
         batch_size: the most sequences generated at once.
         mesh: what params lie on; None for one device.
+        engine: the loop around the compiled programs, with `kernels`, `guesses` and `cache_dtype`.
+
+    Args:
         kernels: which of the platform's kernels programs may use (llama_jax.ops.kernels.probe.choose_kernels).
         guesses: how several tokens a step are made (llama_jax.generation.speculation); None for one.
         cache_dtype: of keys and values, one of llama_jax.choices.CACHE_DTYPES; score and logits read rounded ones, as decoding.

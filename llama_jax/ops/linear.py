@@ -135,17 +135,15 @@ def matmul(equation: str, a: Array, b: Array) -> Array:
     return jax.lax.platform_dependent(a, b, cpu=matrices, default=plain)
 
 
-def _rounded_matmul(equation: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
-    """matmul of many results, its sums rounded to a dtype: on a GPU by the product itself, after which float32 sums would be
-    written to memory and read again."""
-    if dtype == jnp.float32:
-        return matmul(equation, a, b)
+def _rounded_matmul(equation: str, a: Array, b: Array) -> Array:
+    """matmul of many results, its sums rounded to the operands' dtype: on a GPU by the product itself, after which float32 sums
+    would be written to memory and read again."""
 
     def rounded(a: Array, b: Array) -> Array:
-        return jnp.einsum(equation, a, b, preferred_element_type=dtype)
+        return jnp.einsum(equation, a, b, preferred_element_type=a.dtype)
 
     def plain(a: Array, b: Array) -> Array:
-        return matmul(equation, a, b).astype(dtype)
+        return matmul(equation, a, b).astype(a.dtype)
 
     return jax.lax.platform_dependent(a, b, cuda=rounded, default=plain)
 
@@ -187,7 +185,7 @@ def _each(equations, dtype, x, weights, multiply):
     def run(equation: str, weight: Array) -> Array:
         weight = _gathered(equation, weight, x.dtype)
         if dtype == x.dtype and _is_rounded_at_once(equation, x, weight):
-            return _rounded_matmul(equation, x, weight, dtype)
+            return _rounded_matmul(equation, x, weight)
         return multiply(equation, x, weight)
 
     sums = map(run, equations, weights)
@@ -208,7 +206,7 @@ def _products_backward(equations, dtype, saved, cotangents):
         cotangent = constrain(cotangent.astype(x.dtype), *_axes(ACTIVATION_AXES, letters_y))
         operands = f"{letters_y},{letters_w}->{letters_x}", cotangent, _gathered(equation, weight, x.dtype)
         if len(weights) == 1 and _is_rounded_at_once(*operands):  # several are added first
-            dxs.append(_rounded_matmul(*operands, x.dtype))
+            dxs.append(_rounded_matmul(*operands))
         else:
             dxs.append(matmul(*operands))
         dweights.append(_weight_gradient(equation, whole_x, cotangent).astype(weight.dtype))
@@ -216,8 +214,10 @@ def _products_backward(equations, dtype, saved, cotangents):
 
 
 def _is_rounded_at_once(equation: str, x: Array, weight: Array) -> bool:
-    """Whether a device has many of the product's results, and all that is summed for them: parts of sums that several devices
-    add are float32."""
+    """Whether a device has many of the product's results, in fewer bits than their sums, and all that is summed for them: parts
+    of sums that several devices add are float32."""
+    if x.dtype == jnp.float32:
+        return False
     letters_x, letters_w, letters_y = _letters(equation)
     sizes = dict(zip(letters_x + letters_w, x.shape + weight.shape, strict=True))
     if any(num_parts(ACTIVATION_AXES[letter]) > 1 for letter in letters_w if letter in letters_x):

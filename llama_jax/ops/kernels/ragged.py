@@ -118,7 +118,7 @@ def _kernel(lengths_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, si
 
     @pl.when(j <= _last_block(length, size))
     def _() -> None:
-        scores = _dot("KGH,KSH->KGS", q, k_ref[...].astype(q.dtype)) * q.shape[-1] ** -0.5
+        scores = dot("KGH,KSH->KGS", q, k_ref[...].astype(q.dtype)) * q.shape[-1] ** -0.5
         if scale_refs:
             scores = scores * scale_refs[0][...][:, None]
         slots = j * size + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
@@ -128,7 +128,7 @@ def _kernel(lengths_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, si
         total_ref[...] = total_ref[...] * shrink + jnp.sum(weights, axis=2, keepdims=True)
         if scale_refs:
             weights = weights * scale_refs[1][...][:, None]
-        sum_ref[...] = sum_ref[...] * shrink + _dot("KGS,KSH->KGH", weights.astype(q.dtype), v_ref[...].astype(q.dtype))
+        sum_ref[...] = sum_ref[...] * shrink + dot("KGS,KSH->KGH", weights.astype(q.dtype), v_ref[...].astype(q.dtype))
         highest_ref[...] = highest
 
     @pl.when(j == _last_block(length, size))
@@ -136,6 +136,6 @@ def _kernel(lengths_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, si
         out_ref[...] = (sum_ref[...] / total_ref[...]).astype(out_ref.dtype)
 
 
-def _dot(equation: str, a: Array, b: Array) -> Array:
+def dot(equation: str, a: Array, b: Array) -> Array:
     """A matrix product summed in float32."""
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

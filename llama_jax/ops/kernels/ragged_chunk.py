@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from llama_jax.ops.kernels.ragged import LOWEST, dot
+
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512  # of queries, and of slots; 128 are a TPU's lanes
 MOST_ROWS = 1024  # of a block: queries times their heads, unless the fewest queries have more
 MOST_SCORES = 2**19  # of a block, on the chip in float32
 MOST_GROUP = 16  # query heads of a key/value head: with 32 libtpu 0.0.42 finds no room for 128 queries on a v5e
-LOWEST = -1e30  # that a query's highest score is taken to be; finite, so that a block of scores of -inf leaves no NaN
 
 
 def supports(length: int, slots: int, head_dim: int, group: int) -> bool:
@@ -114,7 +115,7 @@ def _kernel(starts_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, las
     @pl.when(j <= last_block(start, i))
     def _() -> None:
         q = q_ref[...].reshape(group * queries, H)
-        scores = _dot("MH,SH->MS", q, k_ref[...].astype(q.dtype)) * H**-0.5
+        scores = dot("MH,SH->MS", q, k_ref[...].astype(q.dtype)) * H**-0.5
         if scale_refs:
             scores = scores * scale_refs[0][...]
         shape = (group, queries, size)
@@ -126,7 +127,7 @@ def _kernel(starts_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, las
         total_ref[...] = total_ref[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
         if scale_refs:
             weights = weights * scale_refs[1][...]
-        sum_ref[...] = sum_ref[...] * shrink + _dot("MS,SH->MH", weights.astype(q.dtype), v_ref[...].astype(q.dtype))
+        sum_ref[...] = sum_ref[...] * shrink + dot("MS,SH->MH", weights.astype(q.dtype), v_ref[...].astype(q.dtype))
         highest_ref[...] = highest
 
     @pl.when(j == last_block(start, i))
@@ -140,8 +141,3 @@ def _block(size: int, most: int) -> int:
     while block > max(most, SMALLEST_BLOCK):
         block //= 2
     return block
-
-
-def _dot(equation: str, a: Array, b: Array) -> Array:
-    """A matrix product summed in float32."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -45,7 +45,7 @@ def is_fused(layer: Mapping[str, Any]) -> bool:
 
 
 def can_fuse(layer: Params, mesh: Mesh | None) -> bool:
-    """Whether it is not, and every device has key/value heads of its own, with their query heads beside them."""
+    """Whether a layer is not fused yet, and every device has key/value heads of its own, with their query heads beside them."""
     if is_fused(layer):
         return False
     k = layer["k_proj"]
